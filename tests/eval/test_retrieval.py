@@ -13,7 +13,7 @@ from indexshare.chat.template import encode_chat
 from indexshare.engine.llm import LLM
 from indexshare.engine.session import Session
 from indexshare.errors import RequestError
-from indexshare.eval import retrieval
+from indexshare.eval import documents, retrieval
 from indexshare.eval.documents import Document, Library
 from indexshare.eval.language import measure_language
 from indexshare.eval.measure import indexer_in_every_layer
@@ -46,6 +46,26 @@ def test_a_prompt_is_the_document_then_the_question(library: Library, document: 
         rendered = render_episode(episode, encoder)[0].tolist()
         assert prompt == rendered[: len(prompt)]
         assert library.tokenizer.decode(rendered[len(prompt) :]) == answer(needle.fact) + "<|endoftext|>"
+
+
+def test_a_text_that_breaks_off_before_a_newline_loses_it(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last token would join with the empty line before the question."""
+    build = documents.build_document
+    num_added = 1
+
+    def with_newline(*arguments: Any) -> Any:
+        token_ids, spans = build(*arguments)
+        newline = library._encoder.encode("\n")
+        return np.concatenate([token_ids, newline * num_added]), spans
+
+    whole = library.document(np.random.default_rng(3), 600, 2)
+    monkeypatch.setattr(documents, "build_document", with_newline)
+    cut = library.document(np.random.default_rng(3), 600, 2)
+    assert cut.token_ids == whole.token_ids
+    assert cut.needles == whole.needles
+    num_added = 2 * documents.MAX_CUT
+    with pytest.raises(RequestError, match="joins lines"):
+        library.document(np.random.default_rng(3), 600, 2)
 
 
 def test_needles_stand_where_they_are_said_to(library: Library, document: Document) -> None:

@@ -90,6 +90,22 @@ def test_sparse_reads_only_the_selected_rows(dtype: torch.dtype) -> None:
     assert_near(ops.mla_sparse(query, pool, selection, SCALE, LATENT), expected)
 
 
+@pytest.mark.parametrize("tiles", ["small", "large"])
+def test_gradients_of_sparse_attention(tiles: str, request: pytest.FixtureRequest) -> None:
+    """Also for a row that several queries select, and with padding."""
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    selection = torch.tensor([[7, 2, 4], [9, -1, -1], [2, 9, -1], [2, 7, 4]], dtype=torch.int32)
+
+    def run(query: Tensor, latents: Tensor) -> Tensor:
+        return ops.mla_sparse(query, latents, selection, SCALE, LATENT)
+
+    query = torch.randn(4, HEADS, WIDTH, dtype=torch.float64, requires_grad=True)
+    latents = torch.randn(10, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (query, latents))
+    assert torch.autograd.gradcheck(lambda query: run(query, latents.detach()), (query,))
+
+
 def absorbed(query: Tensor, kv_b: Tensor) -> Tensor:
     """[T, H, N + P] -> [T, H, C + P]."""
     return torch.cat((torch.einsum("thn,hnc->thc", query[..., :NOPE], kv_b[:, :NOPE]), query[..., NOPE:]), dim=-1)

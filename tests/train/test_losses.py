@@ -1,12 +1,14 @@
 """What a step minimises: who gets gradients, what is supervised, and that selections repeat (facts for RL, too)."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from indexshare.kernels.layout import KeyLayout
-from indexshare.model import recipes
+from indexshare.model import glm, recipes
 from indexshare.model.batch import ForwardBatch, Trace
 from indexshare.model.glm import GlmForCausalLM
+from indexshare.train import losses as losses_module
 from indexshare.train.losses import IGNORED, Losses, step_loss
 
 LENGTH = 40
@@ -107,3 +109,42 @@ def test_the_mtp_target_of_a_segment_end_is_not_the_next_segment() -> None:
         for chosen in (at_start, one)
     ]
     torch.testing.assert_close(results[0], results[1])
+
+
+def losses_and_gradients(built: GlmForCausalLM, **options: object) -> tuple[Losses, dict[str, Tensor]]:
+    token_ids, targets, positions, weights = inputs()
+    weights[[20, 30]] = 2.0
+    losses = step_loss(built, token_ids, targets, positions, weights, STARTS, mtp_weight=0.1, **options)
+    losses.total.backward()
+    return losses, {name: p.grad for name, p in built.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("target", ["selected", "visible"])
+def test_long_sequences_gather_what_short_ones_mask(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Two ways to the same losses and gradients: a mask over all keys, and selected rows that are gathered."""
+    options = {"attention": "sparse", "index_stride": 3, "index_target": target}
+    masked, expected = losses_and_gradients(model().double(), **options)
+    monkeypatch.setattr(glm, "MASKED_MAX_CONTEXT", 0)
+    gathered, found = losses_and_gradients(model().double(), **options)
+    for name in ("total", "lm", "mtp", "index_kl"):
+        torch.testing.assert_close(getattr(gathered, name), getattr(masked, name))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_the_indexer_loss_over_visible_keys_sees_what_was_not_selected() -> None:
+    options = {"attention": "sparse", "trains": "indexer", "index_stride": 1}
+    selected, visible = (losses_and_gradients(model(), **options, index_target=t)[0] for t in ("selected", "visible"))
+    dense, _ = losses_and_gradients(model(), **(options | {"attention": "dense"}))
+    assert float(visible.index_kl) > 0.0
+    assert float(visible.index_kl) != pytest.approx(float(selected.index_kl))
+    # The first layer attends to the embeddings, whatever is selected; the ones after it to what it passed on.
+    assert float(visible.index_kl) == pytest.approx(float(dense.index_kl), rel=0.2)
+
+
+def test_the_indexer_loss_is_over_every_nth_token_and_those_that_weigh_more() -> None:
+    _, _, _, weights = inputs()
+    weights[[5, 30]] = 2.0
+    chosen = losses_module._index_queries(STARTS, weights, 10)
+    assert [each.tolist() for each in chosen] == [[0, 5, 10, 20], [0, 5, 10]]

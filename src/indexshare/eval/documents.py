@@ -22,6 +22,7 @@ from indexshare.train.episodes import Fact, SourceFile, answer, build_document, 
 from indexshare.train.tokenizer import TextEncoder
 
 MIN_FILES = 48  # a short document opens with four of them, drawn at random
+MAX_CUT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,17 @@ class Library:
         facts = make_facts(rng, num_facts)
         files = self._sample(rng, num_tokens)
         token_ids, spans = build_document(rng, files, facts, num_tokens, self._encoder.encode)
-        text = self._encoder.decode(token_ids.tolist())
-        messages = Document(text=text, token_ids=(), needles=()).messages(facts[0])
-        prompt = encode_chat(self.tokenizer, self.template, messages, enable_thinking=False)
-        begin = prompt.index(self.tokenizer.control_id("<|user|>")) + 1
-        end = begin + len(token_ids)
-        if prompt[begin:end] != token_ids.tolist():
+        # Where the text breaks off inside a table, its last token may join with the question: end a token earlier.
+        last_fact = max(end for _, end in spans)
+        for cut in range(len(token_ids), max(last_fact, len(token_ids) - MAX_CUT), -1):
+            text = self._encoder.decode(token_ids[:cut].tolist())
+            messages = Document(text=text, token_ids=(), needles=()).messages(facts[0])
+            prompt = encode_chat(self.tokenizer, self.template, messages, enable_thinking=False)
+            begin = prompt.index(self.tokenizer.control_id("<|user|>")) + 1
+            end = begin + cut
+            if prompt[begin:end] == token_ids[:cut].tolist():
+                break
+        else:
             raise RequestError(
                 "this model's tokenizer joins lines into one token, so a document cannot be put together"
             )

@@ -8,6 +8,8 @@ Every buffer is cut into tiles under one workspace budget (`runtime.settings`); 
 """
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,6 +207,17 @@ def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, 
     query [T, H, W] (query absorbed into the latent space, then rope), latents pool [R, W], selection int32 [T, K] with
     at least one row each -> the attended latents [T, H, C = latent_dim] in query's dtype; softmax in fp32.
     """
+    if torch.is_grad_enabled() and (query.requires_grad or latents.requires_grad):
+        attended: Tensor = _SparseAttention.apply(query, latents, selection, scale, latent_dim)
+        return attended
+    return _attend_selected(query, latents, selection, scale, latent_dim)
+
+
+def _selected_tiles(
+    query: Tensor, latents: Tensor, selection: Tensor, scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For a few queries at a time: where they are, their rows [t, K], the latents there [t, K, W] and the attention
+    probabilities [t, H, K]. The gathered latents are overwritten by the next tile."""
     num_tokens, num_heads, width = query.shape
     wide = _compute_dtype(query)
     per_token = 4 * selection.shape[1] * (2 * width + 2 * num_heads)
@@ -212,17 +225,52 @@ def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, 
     if query.device.type == "cpu":
         budget = min(budget, CPU_TILE_BYTES)
     tile = max(1, min(num_tokens, budget // per_token))
-    pieces = []
     for begin in range(0, num_tokens, tile):
-        rows = selection[begin : begin + tile]
+        place = slice(begin, begin + tile)
+        rows = selection[place]
         padding = rows < 0
         # Padding reads a row that is selected anyway: any other may be unwritten, and zero times NaN is NaN.
         rows = torch.where(padding, rows[:, :1], rows)
         gathered = latents.index_select(0, rows.flatten()).to(wide).view(*rows.shape, width)
-        scores = (query[begin : begin + tile].to(wide) * scale) @ gathered.transpose(1, 2)
-        scores = scores.masked_fill(padding[:, None], float("-inf"))
-        pieces.append((scores.softmax(-1) @ gathered[..., :latent_dim]).to(query.dtype))
+        scores = (query[place].to(wide) * scale) @ gathered.transpose(1, 2)
+        yield place, rows, gathered, scores.masked_fill(padding[:, None], float("-inf")).softmax(-1)
+
+
+def _attend_selected(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+    pieces = [
+        (chosen @ gathered[..., :latent_dim]).to(query.dtype)
+        for _, _, gathered, chosen in _selected_tiles(query, latents, selection, scale)
+    ]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+class _SparseAttention(torch.autograd.Function):
+    """mla_sparse for training: gathers again on the way back, so that only queries and latents are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+        ctx.save_for_backward(query, latents, selection)
+        ctx.scale, ctx.latent_dim = scale, latent_dim
+        with _full_precision(query):
+            return _attend_selected(query, latents, selection, scale, latent_dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        query, latents, selection = ctx.saved_tensors
+        wide, width = _compute_dtype(query), query.shape[-1]
+        latents_gradient = latents.new_zeros(latents.shape, dtype=wide)
+        query_gradient = torch.empty_like(query)
+        with _full_precision(query):
+            for place, rows, gathered, chosen in _selected_tiles(query, latents, selection, ctx.scale):
+                out_THC = gradients[0][place].to(wide)
+                by_choice = out_THC @ gathered[..., : ctx.latent_dim].transpose(1, 2)
+                by_score = ctx.scale * chosen * (by_choice - (chosen * by_choice).sum(-1, keepdim=True))
+                query_gradient[place] = (by_score @ gathered).to(query.dtype)
+                # Each row serves as key (through the scores) and, in its first C numbers, as value.
+                sources = torch.cat((query[place].to(wide), F.pad(out_THC, (0, width - ctx.latent_dim))), dim=1)
+                torch.bmm(torch.cat((by_score, chosen), dim=1).transpose(1, 2), sources, out=gathered)
+                latents_gradient.index_add_(0, rows.flatten(), gathered.flatten(0, 1))
+        return query_gradient, latents_gradient.to(latents.dtype), None, None, None
 
 
 @operation
@@ -357,57 +405,58 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @operation
-def index_scores(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, stride: int = 1) -> list[Tensor]:
-    """Differentiable index scores for training: [ceil(new / stride), S] per sequence, -inf for future keys.
+def index_scores(
+    query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, asked: list[Tensor]
+) -> list[Tensor]:
+    """Differentiable index scores for training: [n, S] per sequence, -inf for future keys.
 
-    Every stride-th query of a sequence. Arguments as index_select. Training sequences are short: this is dense.
+    asked: int64 [n] per sequence, the new tokens whose scores are wanted; a few, because nothing here is sparse. Other
+    arguments as index_select.
     """
     with _full_precision(query):
         query, weights = _scaled_query(query), weights.to(_compute_dtype(query))
         scores = []
-        for b in range(layout.num_sequences):
-            new = slice(layout.sequence_starts[b], layout.sequence_starts[b + 1], stride)
+        for b, chosen in enumerate(asked):
+            new = layout.sequence_starts[b] + chosen
             dense = _key_scores(query[new], weights[new], layout.keys(keys, b).to(query.dtype))
-            scores.append(dense.masked_fill(future_keys(layout, b, query.device)[::stride], float("-inf")))
+            scores.append(dense.masked_fill(future_keys(layout, b, chosen), float("-inf")))
         return scores
 
 
-def future_keys(layout: KeyLayout, sequence: int, device: torch.device) -> Tensor:
-    """bool [new, S]: keys that a new token must not see."""
-    keys = torch.arange(layout.context_lengths[sequence], device=device)
-    return keys > torch.arange(layout.num_past(sequence), layout.context_lengths[sequence], device=device)[:, None]
+def future_keys(layout: KeyLayout, sequence: int, asked: Tensor) -> Tensor:
+    """bool [n, S]: keys that the new tokens `asked` [n] of a sequence must not see."""
+    keys = torch.arange(layout.context_lengths[sequence], device=asked.device)
+    return keys > layout.num_past(sequence) + asked[:, None]
 
 
-def selection_masks(selection: Tensor, layout: KeyLayout) -> list[Tensor]:
-    """A selection of a packed layout as bool [new, S] per sequence, for training on short sequences."""
+def selection_masks(selection: Tensor, layout: KeyLayout, asked: list[Tensor] | None = None) -> list[Tensor]:
+    """A selection of a packed layout as bool [n, S] per sequence: of all new tokens, or of those in `asked`."""
     assert layout.page_table is None, "with a cache, rows are gathered and never masked"
     masks = []
     for b in range(layout.num_sequences):
         start, stop = layout.sequence_starts[b], layout.sequence_starts[b + 1]
+        rows = selection[start:stop] if asked is None else selection[start + asked[b]]
         # Column 0 collects the padding and is dropped.
-        mask = torch.zeros(stop - start, stop - start + 1, dtype=torch.bool, device=selection.device)
-        rows = selection[start:stop].long()
-        masks.append(mask.scatter_(1, (rows - start + 1).clamp(min=0), True)[:, 1:])
+        mask = torch.zeros(rows.shape[0], stop - start + 1, dtype=torch.bool, device=selection.device)
+        masks.append(mask.scatter_(1, (rows.long() - start + 1).clamp(min=0), True)[:, 1:])
     return masks
 
 
 @torch.no_grad()
 def attention_target(
-    query: Tensor, latents: Tensor, layout: KeyLayout, masks: list[Tensor] | None, scale: float, stride: int = 1
+    query: Tensor, latents: Tensor, layout: KeyLayout, masks: list[Tensor] | None, scale: float, asked: list[Tensor]
 ) -> list[Tensor]:
-    """Head-averaged attention probabilities, the indexer's target: [ceil(new / stride), S] per sequence.
+    """Head-averaged attention probabilities, the indexer's target: [n, S] for the new tokens `asked` of each sequence.
 
-    Absorbed query [T, H, W] and latents pool [R, W] as in mla_sparse; masks: the selected keys, None for all visible
-    ones. Source: DeepSeek-V3.2, section 2.1.
+    Absorbed query [T, H, W] and latents pool [R, W] as in mla_sparse; masks: bool [n, S], the selected keys; None for
+    all visible ones. Source: DeepSeek-V3.2, section 2.1.
     """
     targets = []
     with _full_precision(query):
-        for b in range(layout.num_sequences):
-            new = slice(layout.sequence_starts[b], layout.sequence_starts[b + 1], stride)
-            scaled = query[new].to(_compute_dtype(query)) * scale
+        for b, chosen in enumerate(asked):
+            scaled = query[layout.sequence_starts[b] + chosen].to(_compute_dtype(query)) * scale
             keys = layout.keys(latents, b).to(scaled.dtype)
-            hidden = future_keys(layout, b, query.device) if masks is None else ~masks[b]
-            hidden = hidden[::stride]
+            hidden = future_keys(layout, b, chosen) if masks is None else ~masks[b]
             total = torch.zeros(hidden.shape, dtype=scaled.dtype, device=query.device)
             for head in range(query.shape[1]):
                 total += (scaled[:, head] @ keys.T).masked_fill_(hidden, float("-inf")).softmax(-1)
@@ -416,8 +465,8 @@ def attention_target(
 
 
 @operation
-def indexer_kl(scores: list[Tensor], targets: list[Tensor], masks: list[Tensor] | None, stride: int = 1) -> Tensor:
-    """Mean over queries of KL(target || softmax(scores over the masked keys)), scalar; lists as index_scores has them.
+def indexer_kl(scores: list[Tensor], targets: list[Tensor], masks: list[Tensor] | None) -> Tensor:
+    """Mean over queries of KL(target || softmax(scores over the masked keys)), scalar; lists of [n, S] per sequence.
 
     Source: DeepSeek-V3.2 section 2.1; summed over the layers that share an indexer it is the multi-layer
     distillation of IndexCache (arXiv 2603.12201). Gradients reach the scores only.
@@ -426,7 +475,7 @@ def indexer_kl(scores: list[Tensor], targets: list[Tensor], masks: list[Tensor] 
     num_queries = 0
     for b, (score, target) in enumerate(zip(scores, targets, strict=True)):
         if masks is not None:
-            score = score.masked_fill(~masks[b][::stride], float("-inf"))
+            score = score.masked_fill(~masks[b], float("-inf"))
         log_choice = score.log_softmax(-1).masked_fill(target == 0, 0.0)
         total = total + (torch.special.xlogy(target, target) - target * log_choice).sum()
         num_queries += score.shape[0]

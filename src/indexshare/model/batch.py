@@ -12,8 +12,8 @@ class Selection(NamedTuple):
     """What a full layer hands to the shared layers after it.
 
     rows: int32 [T, K] pool rows (see kernels/ops.py), or None when every visible key is attended to.
-    masks: the same rows as bool [new, S] per sequence; only in training.
-    scores: the indexer's differentiable scores [new, S] per sequence; only while it is trained.
+    masks: the same rows as bool [new, S] per sequence; only in training on short sequences.
+    scores: the indexer's differentiable scores [n, S] per sequence for `index_queries`; only while it is trained.
     """
 
     rows: Tensor | None
@@ -51,7 +51,8 @@ class ForwardBatch:
 
     token_ids, positions: int64 [T], all sequences flat. layout: where keys lie. cache None means training: the keys
     are the batch's own tokens. attention "dense" ignores the indexer's choice. query_only writes no keys and runs no
-    indexer (later draft steps of MTP). train_indexer adds its loss to `trace`, over every index_stride-th query.
+    indexer (later draft steps of MTP). index_queries: int64 [n] per sequence, the new tokens over which the indexer's loss
+    is taken and added to `trace`; None does not train it. index_target: which keys that loss is over.
     """
 
     token_ids: Tensor
@@ -60,6 +61,6 @@ class ForwardBatch:
     cache: CacheView | None = None
     attention: Literal["sparse", "dense"] = "sparse"
     query_only: bool = False
-    train_indexer: bool = False
-    index_stride: int = 1
+    index_queries: list[Tensor] | None = None
+    index_target: Literal["selected", "visible"] = "selected"
     trace: Trace | None = None

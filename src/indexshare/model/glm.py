@@ -15,6 +15,7 @@ from indexshare.model.config import GlmConfig
 
 INDEX_KEY_NORM_EPS = 1e-6
 EXPANDED_MIN_TOKENS = 64
+MASKED_MAX_CONTEXT = 4096  # in training, a mask over so few keys is faster than gathering rows
 
 
 class RopeTable:
@@ -137,7 +138,7 @@ class Attention(nn.Module):
         if self.indexer is not None and not batch.query_only:
             selected = self._select(x_TD, query_latent, batch, rope)
         assert selected is not None, "the first layer is full, so that there is a selection to hand on"
-        if batch.train_indexer:
+        if batch.index_queries is not None:
             self._add_index_loss(query_THQ, latents, selected, batch)
         return self.o_proj(self._attend(query_THQ, latents, selected, batch).flatten(1)), selected
 
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         """Runs the indexer: writes its key, chooses the rows. With at most top-k keys, or in dense mode, all."""
         assert self.indexer is not None
         needs_all = batch.attention == "dense" or batch.layout.max_context <= self.config.index_topk
-        if needs_all and batch.cache is None and not batch.train_indexer:
+        if needs_all and batch.cache is None and batch.index_queries is None:
             return Selection(None)
         query_TJI, weights_TJ, key_TI = self.indexer(x_TD, query_latent, rope)
         keys = _write(batch, batch.cache.index_keys[self.layer] if batch.cache else None, key_TI)
@@ -153,21 +154,24 @@ class Attention(nn.Module):
         if not needs_all:
             with torch.no_grad():
                 rows = ops.index_select(query_TJI, weights_TJ, keys, batch.layout, self.config.index_topk)
-            masks = ops.selection_masks(rows, batch.layout) if batch.cache is None else None
+            if batch.cache is None and batch.layout.max_context <= MASKED_MAX_CONTEXT:
+                masks = ops.selection_masks(rows, batch.layout)
         if batch.trace is not None:
             batch.trace.selections[self.layer] = rows
-        if batch.train_indexer:
-            scores = ops.index_scores(query_TJI, weights_TJ, keys, batch.layout, batch.index_stride)
+        if batch.index_queries is not None:
+            scores = ops.index_scores(query_TJI, weights_TJ, keys, batch.layout, batch.index_queries)
         return Selection(rows, masks, scores)
 
     def _attend(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> Tensor:
         """-> [T, H, V]. Absorbed over selected rows; expanded in training and where many queries attend to all keys."""
         config = self.config
         kv_b = self._kv_b()
-        if batch.cache is None or (selected.rows is None and batch.layout.num_tokens >= EXPANDED_MIN_TOKENS):
+        attends_all = selected.rows is None
+        is_long = batch.cache is None or batch.layout.num_tokens >= EXPANDED_MIN_TOKENS
+        if selected.masks is not None or (attends_all and is_long):
             return ops.mla_expanded(query_THQ, latents, kv_b, batch.layout, self.scale, selected.masks)
         query_THW = self._absorb(query_THQ)
-        if selected.rows is None:
+        if attends_all:
             attended = ops.mla_dense(query_THW, latents, batch.layout, self.scale, config.kv_lora_rank)
         else:
             attended = ops.mla_sparse(query_THW, latents, selected.rows, self.scale, config.kv_lora_rank)
@@ -185,12 +189,14 @@ class Attention(nn.Module):
 
     def _add_index_loss(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> None:
         """KL of this layer's attention against the indexer it uses: summed over layers, multi-layer distillation."""
-        assert batch.trace is not None and selected.scores is not None
+        assert batch.trace is not None and batch.index_queries is not None and selected.scores is not None
         with torch.no_grad():
             query_THW = self._absorb(query_THQ)
-        layout, masks, stride = batch.layout, selected.masks, batch.index_stride
-        targets = ops.attention_target(query_THW, latents.detach(), layout, masks, self.scale, stride)
-        batch.trace.index_losses[self.layer] = ops.indexer_kl(selected.scores, targets, masks, stride)
+        layout, asked, masks = batch.layout, batch.index_queries, None
+        if selected.rows is not None and batch.index_target == "selected":
+            masks = ops.selection_masks(selected.rows, layout, asked)
+        targets = ops.attention_target(query_THW, latents.detach(), layout, masks, self.scale, asked)
+        batch.trace.index_losses[self.layer] = ops.indexer_kl(selected.scores, targets, masks)
 
 
 def _write(batch: ForwardBatch, pool: Tensor | None, rows: Tensor) -> Tensor:

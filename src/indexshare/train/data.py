@@ -41,7 +41,6 @@ SHARD_TYPE = np.dtype("<u2")
 IGNORED = -100
 _REPEATS_OF_WORDS = 250  # how often the tokenizer sees each word of a subject: enough to make each one token
 _MIN_RETRIEVAL = 240
-_MAX_RETRIEVAL = 2200
 
 Progress = Callable[[int, int], None]
 
@@ -329,8 +328,8 @@ class PackedBatches:
         if not retrieval:
             return make_talk(rng) if rng.random() < 0.2 else make_tool_call(rng)
         # Uniform in the logarithm, so that short documents, dense in answers, are as frequent as long ones.
-        wanted = int(np.exp(rng.uniform(np.log(_MIN_RETRIEVAL), np.log(min(room, _MAX_RETRIEVAL)))))
-        if room - wanted < _MIN_RETRIEVAL and room <= _MAX_RETRIEVAL:
+        wanted = int(np.exp(rng.uniform(np.log(_MIN_RETRIEVAL), np.log(room))))
+        if room - wanted < _MIN_RETRIEVAL:
             wanted = room
         return make_retrieval(rng, self.files, self.encoder, wanted + 1, self.mixture.document_weight)
 

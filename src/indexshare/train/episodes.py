@@ -26,6 +26,7 @@ Message = dict[str, Any]  # keys of the OpenAI chat format: role, content, reaso
 TokenIds = NDArray[np.int64]
 Weights = NDArray[np.float32]
 
+MAX_QUESTIONS = 48  # in one document
 REPLY_WEIGHT = 2.0  # answers are few among the lines of code
 
 TOOLS_HEAD = (
@@ -317,7 +318,7 @@ def make_retrieval(
     """
     effort = str(rng.choice(["Max", "High"])) if rng.random() < 0.25 else None
     # A fact, its question and its answer take about 45 tokens, 75 with reasoning; the rest is left for the code.
-    most = min(24, num_tokens // (60 if effort is None else 100))
+    most = min(MAX_QUESTIONS, num_tokens // (60 if effort is None else 100))
     facts = make_facts(rng, int(rng.integers(min(2, most), most + 1)), distinct_words=rng.random() < 0.75)
     asked = [facts[i] for i in rng.permutation(len(facts))]
     messages: list[Message] = []

@@ -1,4 +1,4 @@
-"""A structured start for small models: positional heads and an induction circuit, written into the first weights.
+"""A structured start for small models: positional heads, an induction circuit and indexers that see the neighbourhood.
 
 A model that sees ten million tokens does not find by gradient descent that a head may look three tokens back and that
 another may search for what followed the last three tokens; large models find it after billions. Initial weights that
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from indexshare.model.config import GlmConfig
-from indexshare.model.glm import Attention, GlmForCausalLM
+from indexshare.model.glm import Attention, GlmForCausalLM, Indexer, MtpLayer
 
 NUM_BACK = 3
 BACK_DIM = 32  # share of the residual stream for each token back
@@ -28,6 +28,12 @@ CONSTANT = 2.0
 NUM_LOCAL_FREQUENCIES = 4
 POSITION_GAIN = 8.0  # amplitude of each frequency in queries and in keys
 INDUCTION_GAIN = 1.5
+# Of each frequency in an index score, slowest last: with rope_theta 1e5 their sum is largest for the last 125 tokens of
+# 131,072. The two fastest would only add noise.
+NEAR_AMPLITUDES = (0.0, 0.0, 0.3, 1.0, 1.0, 1.0, 1.0, 1.0)
+NEAR_KEY_GAIN = 4.0
+NEAR_QUERY_GAIN = 2.0
+NEAR_HEAD_WEIGHT = 0.5
 INDUCTION_LAYERS = (2, 4, 6)
 NUM_INDUCTION_HEADS = 2
 
@@ -61,7 +67,13 @@ def initialize_induction(model: GlmForCausalLM, seed: int) -> None:
     embedding[:, 0] = CONSTANT
     embedding[:, shares.token] = torch.randn(embedding[:, shares.token].shape, generator=generator) * EMBEDDING_SPREAD
     model.lm_head.weight[:, shares.output] = 0.5 * embedding[:, shares.token] @ shares.to_output.T
+    for module in model.modules():
+        if isinstance(module, MtpLayer):
+            module.eh_proj.weight[0].zero_()
+            module.eh_proj.weight[0, 0] = 1.0  # hands the constant on
     for attention in _attentions(model):
+        if attention.indexer is not None:
+            _see_near(attention, attention.indexer)
         if attention.layer == 0:
             _look_back(attention, config, shares)
         elif attention.layer in INDUCTION_LAYERS:
@@ -110,6 +122,27 @@ def _look_back(attention: Attention, config: GlmConfig, shares: _Shares) -> None
         values[head, :BACK_DIM, :BACK_DIM] = torch.eye(BACK_DIM)
         output[:, head].zero_()
         output[share, head, :BACK_DIM] = 0.3 * torch.eye(BACK_DIM)
+
+
+def _see_near(attention: Attention, indexer: Indexer) -> None:
+    """The last index head scores a key by its distance alone, so that near tokens are selected however many there are.
+
+    Key and query are constant in the rotary dims (through the bias of the key's norm, and the last entry of the query
+    latent), so that the score is a sum of cosines of the distance that peaks at 0.
+    """
+    lanes = slice(0, 2 * len(NEAR_AMPLITUDES), 2)
+    amplitudes = torch.tensor(NEAR_AMPLITUDES)
+    amplitudes = (amplitudes / amplitudes.sum()).sqrt()
+    rotary = indexer.config.qk_rope_head_dim
+    indexer.k_norm.weight[:rotary] = 0.1
+    indexer.k_norm.bias[lanes] = NEAR_KEY_GAIN * amplitudes
+    attention.q_a_proj.weight[-1].zero_()
+    attention.q_a_proj.weight[-1, 0] = 1.0
+    query = indexer.wq_b.weight.view(indexer.config.index_n_heads, indexer.config.index_head_dim, -1)[-1]
+    query.zero_()
+    query[lanes, -1] = NEAR_QUERY_GAIN * amplitudes
+    indexer.weights_proj.weight[-1].zero_()
+    indexer.weights_proj.weight[-1, 0] = NEAR_HEAD_WEIGHT
 
 
 def _search(attention: Attention, config: GlmConfig, shares: _Shares, generator: torch.Generator) -> None:

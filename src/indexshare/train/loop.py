@@ -56,7 +56,8 @@ class Phase:
     """A stretch of training with one objective.
 
     `trains` says which parameters move: "indexer" is the dense warm-up of DSA (all else frozen), "model" its opposite.
-    `learning_rate_scale` multiplies the recipe's schedule in this phase.
+    `learning_rate_scale` multiplies the recipe's schedule in this phase; `data` replaces entries of the recipe's.
+    index_stride and index_target say over which tokens and which keys the indexers' loss is taken (see `step_loss`).
     """
 
     name: str
@@ -65,9 +66,12 @@ class Phase:
     trains: Literal["all", "indexer", "model"] = "all"
     index_loss_weight: float = 0.0
     mtp_loss_weight: float = 0.0
+    index_stride: int = 4
+    index_target: Literal["selected", "visible"] = "selected"
     sequence_length: int
     batch_size: int
     learning_rate_scale: float = 1.0
+    data: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ section 2.1, summed over the layers an indexer serves as in IndexCache (arXiv 26
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,13 +44,16 @@ def step_loss(
     mtp_weight: float = 0.0,
     index_weight: float = 1.0,
     index_stride: int = 1,
+    index_target: Literal["selected", "visible"] = "selected",
 ) -> Losses:
     """Losses of one packed batch.
 
     token_ids, targets (next token, -100 = not supervised), positions: int64 [T] flat; loss_weights: [T], positive where
     supervised. segment_starts: offsets of the
     segments, T last; attention never crosses them. `trains`: "model" leaves the indexers out (dense attention only),
-    "indexer" trains only them against the frozen model, "all" both.
+    "indexer" trains only them against the frozen model, "all" both. The indexers' loss is taken over every
+    index_stride-th token and over those that weigh more than one; over the keys that sparse attention selected, or over
+    all visible ones.
     """
     trace = Trace()
     batch = ForwardBatch(
@@ -57,8 +61,8 @@ def step_loss(
         positions=positions,
         layout=KeyLayout.packed(segment_starts),
         attention=attention,
-        train_indexer=trains != "model",
-        index_stride=index_stride,
+        index_queries=None if trains == "model" else _index_queries(segment_starts, loss_weights, index_stride),
+        index_target=index_target,
         trace=trace,
     )
     zero = torch.zeros((), device=token_ids.device)
@@ -79,6 +83,17 @@ def step_loss(
         num_tokens=num_tokens,
         expert_counts=trace.expert_counts,
     )
+
+
+def _index_queries(segment_starts: tuple[int, ...], loss_weights: Tensor, stride: int) -> list[Tensor]:
+    """Tokens of each segment over which the indexers' loss is taken: every stride-th, and all that weigh more than one,
+    because what they look for is far away."""
+    return [
+        ((torch.arange(stop - start, device=loss_weights.device) % stride == 0) | (loss_weights[start:stop] > 1.0))
+        .nonzero()
+        .flatten()
+        for start, stop in pairwise(segment_starts)
+    ]
 
 
 def _cross_entropy(model: GlmForCausalLM, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
