@@ -1,4 +1,4 @@
-# Everything a checkout can do. Each target sets up what it needs: Python >= 3.11, make and a C++ compiler are enough.
+# Everything a checkout can do. Each target sets up what it needs: Python >= 3.11 and make are enough.
 #
 #     make demo        the main job on the shipped model       make test        lint, types, levels, tests
 #     make nano        train the shipped model again           make test-slow   the tests marked slow

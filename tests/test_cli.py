@@ -2,13 +2,18 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from torch import Tensor
 
 import indexshare
-from indexshare import __version__, cli
-from indexshare.errors import CheckpointError
+from indexshare import __version__, cli, runtime
+from indexshare.errors import CheckpointError, RequestError
+from indexshare.kernels import ops, registry
 from indexshare.model.recipes import tiny
 
 COMMANDS = {"chat", "demo", "doctor", "eval", "generate", "inspect", "kernels", "plan", "score", "train"}
@@ -37,6 +42,7 @@ def test_help_comes_fast_and_names_every_command() -> None:
         seconds.append(time.perf_counter() - begin)
         assert done.returncode == 0, done.stderr
         assert set(COMMANDS) <= set(done.stdout.replace("│", " ").split())
+        assert all(f"INDEXSHARE_{name}" in done.stdout for name in ("DEVICE", "THREADS", "WORKSPACE_MIB"))
     assert min(seconds) < 0.5
 
 
@@ -78,6 +84,40 @@ def test_plan_gives_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and json.loads(out)["context"] == 4096
 
 
+@pytest.fixture
+def nonsense_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("INDEXSHARE_DEVICE", "nonsense")
+    runtime.settings.cache_clear()
+    yield None
+    monkeypatch.undo()
+    runtime.settings.cache_clear()
+
+
+@pytest.mark.parametrize("command", [("plan", "tiny", "--device", "auto"), ("kernels", "--device", "auto")])
+def test_auto_is_what_the_environment_says(
+    capsys: pytest.CaptureFixture[str], nonsense_in_the_environment: None, command: tuple[str, ...]
+) -> None:
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, "") and "'nonsense'" in err
+
+
+def test_plan_counts_no_disk_for_a_model_that_is_there(
+    capsys: pytest.CaptureFixture[str], written_model: Path, model_directory: Path
+) -> None:
+    code, out, _ = run(capsys, "plan", str(written_model), "--context", "64")
+    assert code == 0 and out.count("on disk") == 4
+    code, out, _ = run(capsys, "plan", str(written_model), "--context", "64", "--json")
+    assert code == 0 and json.loads(out)["on_disk"] is True
+    for without_weights in (str(model_directory), "tiny"):
+        code, out, _ = run(capsys, "plan", without_weights, "--context", "64", "--json")
+        assert code == 0 and json.loads(out)["on_disk"] is False
+
+
+def test_a_model_of_the_hub_goes_to_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert cli._storage("owner/name") == (tmp_path / "cache", False)
+
+
 def test_kernels_lists_the_operations(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "kernels", "--device", "cpu", "--json")
     assert code == 0
@@ -90,6 +130,13 @@ def test_kernels_lists_the_operations(capsys: pytest.CaptureFixture[str]) -> Non
         (("inspect", "no-such-model"), "error: no model at 'no-such-model'"),
         (("plan", "tiny", "--context", "0"), "error: context must be between 1 and 1,048,576"),
         (("generate", "nano"), "error: give the text as --prompt TEXT or as --prompt-file FILE"),
+        (("plan", "tiny", "--device", "bogus"), "error: device 'bogus' cannot be used here"),
+        (("plan", "tiny", "--device", "cuda:99"), "error: device 'cuda:99' cannot be used here"),
+        (("plan", "tiny", "--device", "meta"), "error: no memory figure is known for device 'meta'"),
+        (("kernels", "--device", "bogus"), "error: device 'bogus' cannot be used here"),
+        (("generate", "nano", "--prompt", "x", "--threads", "-1"), "error: threads must be at least 1, not -1"),
+        (("generate", "nano", "--prompt", "x", "--threads", "0"), "error: threads must be at least 1, not 0"),
+        (("generate", "nano", "--prompt", "x", "--logprobs", "2"), "error: --logprobs is part of the JSON answer"),
         (("generate", "nano", "--prompt-file", "/no/file"), "error: cannot read /no/file"),
         (("score", "nano", "--tokens", "/no/file"), "error: cannot read /no/file"),
     ],
@@ -184,6 +231,73 @@ def test_generate_streams_what_the_api_gives(capsys: pytest.CaptureFixture[str],
     answer = json.loads(out)
     assert (code, answer["finish_reason"], answer["usage"]["num_completion_tokens"]) == (0, "length", 9)
     assert answer["text"] == llm.generate("import os", max_new_tokens=9, temperature=1.5, seed=4).text
+
+
+def test_generate_takes_penalties_and_gives_logprobs(capsys: pytest.CaptureFixture[str], written_model: Path) -> None:
+    arguments = ("generate", str(written_model), "--prompt", "import os", "--max-new-tokens", "9", "--json", *EXACT)
+    penalties = ("--repetition-penalty", "1.5", "--presence-penalty", "1", "--frequency-penalty", "2")
+    code, out, _ = run(capsys, *arguments, *penalties, "--logprobs", "2")
+    assert code == 0
+    llm = indexshare.load(written_model, dtype="float32", threads=1)
+    expected = llm.generate(
+        "import os", max_new_tokens=9, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=2, logprobs=2
+    )
+    assert out == msgspec.json.encode(expected).decode() + "\n"
+    assert [len(entry["top_logprobs"]) for entry in json.loads(out)["logprobs"]] == [2] * 9
+    code, out, _ = run(capsys, *arguments, "--frequency-penalty", "3")
+    assert code == 2  # out of range: it has arrived
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_options_of_sampling_are_in_the_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    words = run(capsys, command, "--help")[1].split()
+    assert {"--repetition-penalty", "--presence-penalty", "--frequency-penalty"} <= set(words)
+    assert "Seed of the draws; 0 by default" in " ".join(words)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "score", "eval"])
+def test_commands_that_load_a_model_can_check_it_first(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "--check" in run(capsys, command, "--help")[1].split()
+
+
+def test_a_model_that_fails_its_check_is_not_used(
+    capsys: pytest.CaptureFixture[str], written_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.json").write_text("[5, 17, 301]")
+    command = ("score", str(written_model), "--tokens", str(tmp_path / "tokens.json"), "--check", *EXACT)
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and "nats over 2 tokens" in out
+
+    def wrong_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        return ops.rope.specification(x, cos, sin, not interleaved)
+
+    twin = registry.Twin(name="broken", devices=("cpu",), function=wrong_rope, supports=lambda *_, **__: None)
+    registry.register("rope", twin)
+    try:
+        code, out, err = run(capsys, *command)
+    finally:
+        registry.unregister("rope", "broken")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: wrong results on cpu in float32: rope;") and err.count("\n") == 1
+
+
+def test_train_and_demo_hand_on_their_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written_model: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*arguments: object, **options: object) -> None:
+        given.update(options)
+        raise RequestError("far enough")
+
+    monkeypatch.setattr("indexshare.train.recipes.run", stop)
+    assert run(capsys, "train", "tiny", "--output", str(tmp_path))[0] == 2
+    assert given["accept_recipe_change"] is False
+    assert run(capsys, "train", "tiny", "--output", str(tmp_path), "--accept-recipe-change")[0] == 2
+    assert given["accept_recipe_change"] is True
+    monkeypatch.setattr("indexshare.eval.demo.run_demo", stop)
+    assert run(capsys, "demo", str(written_model), "--pictures", str(tmp_path), *EXACT)[0] == 2
+    assert given["pictures"] == tmp_path
 
 
 def test_chat_answers(

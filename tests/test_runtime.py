@@ -33,6 +33,7 @@ def test_settings_have_defaults_and_come_from_the_environment(monkeypatch: pytes
         ("INDEXSHARE_THREADS", "0", "positive whole number"),
         ("INDEXSHARE_WORKSPACE_MIB", "-1", "positive whole number"),
         ("INDEXSHARE_THREDS", "2", "unknown environment variable INDEXSHARE_THREDS"),
+        ("INDEXSHARE_FOO", "1", "known: INDEXSHARE_DEVICE, INDEXSHARE_THREADS, INDEXSHARE_WORKSPACE_MIB$"),
     ],
 )
 def test_a_wrong_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
@@ -67,6 +68,14 @@ def test_threads_are_set() -> None:
         assert runtime.set_threads(1) == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_number_of_threads_is_checked(number: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ConfigError, match=f"at least 1, not {number}"):
+        runtime.set_threads(number)
+    assert torch.get_num_threads() == before
 
 
 def test_a_seed_repeats_all_generators() -> None:

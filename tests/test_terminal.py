@@ -75,12 +75,41 @@ def test_commands_reset_save_and_set_the_effort(monkeypatch: pytest.MonkeyPatch,
     assert len(model.asked) == 2 and conversation.effort == "off"
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryLimitError("needs 9 GiB"), Error("broken")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RequestError("no such word"), Error("broken")])
 def test_a_reply_that_fails_is_not_remembered(monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
     model = ScriptedModel([Text("par"), failure], HELLO)
     shown, _ = talk(monkeypatch, model, "first", "second")
-    assert any(text in shown for text in ("stopped", "error: needs 9 GiB", "error: broken"))
+    assert any(text in shown for text in ("stopped", "error: no such word", "error: broken"))
     assert [message["content"] for message in model.asked[1][0]] == ["Be brief.", "second"]
+
+
+def test_a_full_conversation_is_told_in_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_few_pages = MemoryLimitError("open the session with a larger max_tokens")
+    model = ScriptedModel([Start(9), too_few_pages], HELLO, [Start(99), too_few_pages], HELLO)
+    shown, _ = talk(monkeypatch, model, "long " * 99, "hi", "and then?", "/reset", "hi")
+    assert "max_tokens" not in shown and shown.count("Hello") == 2
+    full = "start with a larger --context or a smaller --max-new-tokens"
+    assert f"error: the question is too long: shorten it, or {full}" in shown
+    assert f"error: the conversation is full: /reset, or {full}" in shown
+
+
+@pytest.mark.parametrize(
+    ("context", "sampling", "fits"),
+    [(1024, {}, False), (1025, {}, True), (512, {"max_new_tokens": 64}, True), (None, {}, True)],
+)
+def test_a_context_without_room_for_an_answer_is_refused_at_the_start(
+    context: int | None, sampling: dict[str, Any], fits: bool
+) -> None:
+    def begin() -> None:
+        model: Any = ScriptedModel()
+        session: Any = "session"
+        terminal.Conversation(model, session, system=None, effort="max", sampling=sampling, context=context)
+
+    if fits:
+        begin()
+    else:
+        with pytest.raises(RequestError, match=r"1,024 tokens cannot hold .* 1,024: start with a larger --context"):
+            begin()
 
 
 def test_calls_warnings_and_the_limit_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,24 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from indexshare import __version__
 from indexshare.errors import IndexShareError, RequestError
-
-if TYPE_CHECKING:
-    from indexshare.engine.llm import LLM
+from indexshare.options import (
+    DEFAULT_LOAD,
+    DEFAULT_SAMPLING,
+    AsJson,
+    CheckFailedError,
+    Dtype,
+    LoadOptions,
+    Model,
+    ModelOrRecipe,
+    SamplingOptions,
+)
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 DEFAULT_LENGTHS = (4096, 16_384, 65_536, 131_072)
@@ -27,57 +34,14 @@ app = App(
     help="GLM-5.2 with IndexShare sparse attention: run it, look into it, train it, check it.",
     help_epilogue=(
         "MODEL is a directory, nano (the model in this package), or a hub id such as zai-org/GLM-5.2.\n\n"
+        "Environment: INDEXSHARE_DEVICE is what --device auto means, INDEXSHARE_THREADS how many CPU threads run, "
+        "INDEXSHARE_WORKSPACE_MIB the MiB of temporary buffers (256).\n\n"
         "Start with: indexshare demo"
     ),
     help_format="plaintext",
     version=__version__,
     suppress_keyboard_interrupt=False,  # `run` says so and chooses the exit code
 )
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How to load a model."""
-
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:1, ..."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of weights and cache."""
-    index_pattern: str | None = None
-    """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
-    strict: bool = True
-    """Refuse unknown keys in config.json; --no-strict warns instead."""
-    threads: int | None = None
-    """CPU threads; by default all that this process may use."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How to draw tokens. What is not given is greedy, or in a chat what the model's generation_config.json says."""
-
-    max_new_tokens: int | None = None
-    """Stop after this many tokens; by default 64, in a chat 1,024."""
-    temperature: float | None = None
-    """0 takes the most probable token; the released GLM-5.2 is made for 1.0."""
-    top_p: float | None = None
-    """Draw from the most probable tokens with this share of the probability."""
-    top_k: int | None = None
-    """Draw from this many most probable tokens; 0 is all."""
-    min_p: float | None = None
-    """Leave out tokens less probable than this share of the most probable one."""
-    seed: int | None = None
-    """Seed of the draws."""
-    stop: Annotated[tuple[str, ...] | None, Parameter(negative="")] = None
-    """A text that ends the output; may be repeated."""
-
-
-DEFAULT_LOAD = LoadOptions()
-DEFAULT_SAMPLING = SamplingOptions()
-Model = Annotated[str, Parameter(help="A directory, nano, or a hub id.")]
-ModelOrRecipe = Annotated[str, Parameter(help="A directory, a hub id, or a recipe: nano, tiny, mid, glm-5.2.")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for a program to read.")]
 
 
 @app.command(
@@ -92,6 +56,7 @@ def generate(
     prompt: str | None = None,
     prompt_file: str | None = None,
     draft: int = 0,
+    logprobs: int | None = None,
     as_json: AsJson = False,
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     load: LoadOptions = DEFAULT_LOAD,
@@ -102,17 +67,21 @@ def generate(
         prompt: The text to continue.
         prompt_file: A file with the text to continue; - is standard input.
         draft: Tokens that the MTP layer guesses for each pass of the model; greedy text stays the same.
+        logprobs: With --json, the log-probability of each token and of this many most probable ones, 0 to 20.
     """
     if (prompt is None) == (prompt_file is None):
         raise RequestError("give the text as --prompt TEXT or as --prompt-file FILE, not both")
+    if logprobs is not None and not as_json:
+        raise RequestError("--logprobs is part of the JSON answer: add --json")
     from indexshare.terminal import print_json, progress_bar, read_text, write_stream
 
     text = prompt if prompt_file is None else read_text(prompt_file)
     assert text is not None
-    llm = _load(model, load)
+    llm = load.load(model)
+    options: dict[str, Any] = {**sampling.given(), "logprobs": logprobs}
     with (
         progress_bar("reading") as progress,
-        llm.generate(text, stream=True, num_draft_tokens=draft, progress=progress, **_given(sampling)) as pieces,
+        llm.generate(text, stream=True, num_draft_tokens=draft, progress=progress, **options) as pieces,
     ):
         if as_json:
             collections.deque(pieces, maxlen=0)  # read to the end
@@ -141,9 +110,9 @@ def chat(
     """
     from indexshare.terminal import Conversation
 
-    llm = _load(model, load)
+    llm = load.load(model)
     with llm.open_session(context) as session:
-        Conversation(llm, session, system=system, effort=effort, sampling=_given(sampling)).run()
+        Conversation(llm, session, system=system, effort=effort, sampling=sampling.given(), context=context).run()
 
 
 @app.command(
@@ -167,7 +136,7 @@ def score(
     from indexshare.terminal import print_json, progress_bar, read_token_ids
 
     token_ids = read_token_ids(tokens)
-    llm = _load(model, load)
+    llm = load.load(model)
     with progress_bar("reading") as progress:
         logprobs = [float(value) for value in llm.logprobs(token_ids, progress=progress)]
     if as_json:
@@ -216,7 +185,7 @@ def plan(
 
     Args:
         context: Tokens of one sequence, prompt and answer together.
-        device: cpu or a cuda device: whose memory to count.
+        device: Whose memory to count: cpu, cuda, cuda:1, ..., or auto.
         index_pattern: Full (F) and shared (S) layers in place of the model's own.
         strict: Refuse unknown keys in config.json; --no-strict warns instead.
     """
@@ -225,7 +194,8 @@ def plan(
     from indexshare.terminal import show
 
     config = resolve_config(model, index_pattern=index_pattern, strict=strict)
-    result = make_plan(config, model, context, this_machine(device))
+    directory, on_disk = _storage(model)
+    result = make_plan(config, model, context, this_machine(device, directory), on_disk=on_disk)
     show(result, render(result), as_json)
 
 
@@ -234,14 +204,15 @@ def kernels(*, device: str | None = None, as_json: AsJson = False) -> None:
     """Which implementation of each operation runs on which device, and why.
 
     Args:
-        device: A kind of device such as cpu or cuda; by default those of this machine.
+        device: A device of this machine such as cpu or cuda; by default all kinds that it has.
     """
     import indexshare.kernels.ops  # noqa: F401  (registers the operations)
     from indexshare.kernels.registry import describe
     from indexshare.runtime import resolve_device
     from indexshare.terminal import show, table
 
-    devices = (device,) if device else tuple(dict.fromkeys(("cpu", resolve_device("auto").type)))
+    kinds = (resolve_device(name).type for name in ((device,) if device else ("cpu", "auto")))
+    devices = tuple(dict.fromkeys(kinds))
     choices = describe(devices)
     rows = [(choice.operation, choice.device, choice.twin, choice.reason) for choice in choices]
     show(choices, table(("operation", "device", "runs", "because"), rows), as_json)
@@ -255,6 +226,7 @@ def train(
     output: Path | None = None,
     device: str = "auto",
     resume: bool = True,
+    accept_recipe_change: Annotated[bool, Parameter(negative="")] = False,
     max_minutes: float | None = None,
     threads: int | None = None,
 ) -> None:
@@ -264,6 +236,7 @@ def train(
         output: Directory for data, checkpoints and log; by default runs/RECIPE.
         device: Where to train: auto, cpu, cuda, ...
         resume: Go on from the newest checkpoint; --no-resume refuses a directory that has one.
+        accept_recipe_change: Go on from a checkpoint of the same recipe with other numbers.
         max_minutes: Stop after this many minutes of this call.
         threads: CPU threads; by default all that this process may use.
     """
@@ -277,23 +250,25 @@ def train(
         directory,
         device=str(runtime.resolve_device(device)),
         resume=resume,
+        accept_recipe_change=accept_recipe_change,
         max_minutes=max_minutes,
     )
     print(f"stopped: {result.stopped}, step {result.step:,}, loss {result.lm_loss:.4f}, model in {directory / 'model'}")
 
 
 @app.command(help_epilogue="Examples:\n\n    indexshare doctor nano\n    indexshare doctor nano --device cuda --json")
-def doctor(model: Model, /, *, device: str = "auto", as_json: AsJson = False) -> int:
+def doctor(model: Model, /, *, device: str = "auto", dtype: Dtype = "bfloat16", as_json: AsJson = False) -> int:
     """Check the operations of a model on a device against 64-bit arithmetic on the CPU; exit code 1 when one fails.
 
     Args:
         device: The device to check: auto, cpu, cuda, ...
+        dtype: Precision of weights and cache to check.
     """
     from indexshare.engine.resolve import resolve_model
     from indexshare.eval.doctor import diagnose, render
     from indexshare.terminal import show
 
-    report = diagnose(resolve_model(model), device=device)
+    report = diagnose(resolve_model(model), device=device, dtype=dtype)
     show(report, render(report), as_json)
     return 0 if report.ok else EXIT_FAILED
 
@@ -319,7 +294,7 @@ def evaluate(
     from indexshare.eval.evaluation import evaluate_model, render
     from indexshare.terminal import show
 
-    llm = _load(model, load)
+    llm = load.load(model)
     evaluation = evaluate_model(llm, lengths=lengths or DEFAULT_LENGTHS, num_questions=questions, seed=seed)
     show(evaluation, render(evaluation), as_json)
 
@@ -333,6 +308,7 @@ def demo(
     questions: int = 5,
     seed: int = 0,
     html: Path | None = None,
+    pictures: Path | None = None,
     as_json: AsJson = False,
     load: LoadOptions = DEFAULT_LOAD,
 ) -> None:
@@ -343,13 +319,22 @@ def demo(
         questions: Facts to hide and to ask for.
         seed: Of the document, the facts and their depths.
         html: Also write the result as one page with pictures.
+        pictures: Also write the pictures time.svg and needles.svg into this directory.
     """
     from indexshare.eval.demo import run_demo
     from indexshare.eval.report import render
     from indexshare.terminal import show
 
-    llm = _load(model, load)
-    result = run_demo(llm, num_tokens=tokens, num_questions=questions, html=html, seed=seed, on_stderr=as_json)
+    llm = load.load(model)
+    result = run_demo(
+        llm,
+        num_tokens=tokens,
+        num_questions=questions,
+        html=html,
+        pictures=pictures,
+        seed=seed,
+        on_stderr=as_json,
+    )
     show(result, render(result), as_json)
 
 
@@ -367,7 +352,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR  # cyclopts has printed what is wrong with the arguments
     except IndexShareError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_FAILED if isinstance(error, CheckFailedError) else EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -384,14 +369,20 @@ def _show_warning(
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _load(model: str, options: LoadOptions) -> LLM:
-    from indexshare.engine.llm import load
+def _storage(model: str) -> tuple[Path, bool]:
+    """On whose file system the weights of a model or recipe lie or would lie, and whether they are there already."""
+    from indexshare.engine.resolve import PACKAGED, packaged_model
+    from indexshare.model.recipes import RECIPES
 
-    return load(model, **vars(options))
+    path = packaged_model() if model == PACKAGED else Path(model)
+    if model in RECIPES and model != PACKAGED:
+        return Path(), False
+    if path.exists():
+        directory = path if path.is_dir() else path.parent
+        return directory, any(directory.glob("*.safetensors"))
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-
-def _given(options: SamplingOptions) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if value is not None}
+    return Path(HF_HUB_CACHE), False
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def settings() -> Settings:
     given = {name.removeprefix(PREFIX).lower(): text for name, text in os.environ.items() if name.startswith(PREFIX)}
     known = set(Settings.__dataclass_fields__)
     if unknown := sorted(set(given) - known):
-        names = ", ".join(PREFIX + name.upper() for name in unknown)
-        raise ConfigError(f"unknown environment variable {names}; known: {', '.join(sorted(known)).upper()}")
+        names, right = (", ".join(PREFIX + name.upper() for name in group) for group in (unknown, sorted(known)))
+        raise ConfigError(f"unknown environment variable {names}; known: {right}")
     return Settings(
         threads=_positive_integer(given, "threads", None),
         workspace_mib=_positive_integer(given, "workspace_mib", None) or Settings().workspace_mib,
@@ -101,9 +101,16 @@ def num_usable_cpus() -> int:
 
 
 def set_threads(num_threads: int | None = None) -> int:
-    """Set torch's CPU threads: the argument, else `INDEXSHARE_THREADS`, else the usable CPUs. Returns the number."""
+    """Set torch's CPU threads: the argument, else `INDEXSHARE_THREADS`, else the usable CPUs. Returns the number.
+
+    Raises ConfigError for a number below 1.
+    """
     import torch
 
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(
+            f"threads must be at least 1, not {num_threads}; leave it out to use all CPUs of this process"
+        )
     chosen = num_threads or settings().threads or num_usable_cpus()
     torch.set_num_threads(chosen)
     return chosen

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from indexshare.chat.types import Done, Error, Event, Reasoning, Start, Text, ToolCallEvent, Warning, reply_message
-from indexshare.errors import IndexShareError, RequestError
+from indexshare.errors import IndexShareError, MemoryLimitError, RequestError
 
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MIN_BAR_TOKENS = 2048  # less is read before a bar can be seen
 EFFORTS = ("high", "max", "off")
+MORE_ROOM = "start with a larger --context or a smaller --max-new-tokens"
 HELP = "/reset forgets, /save FILE writes the conversation as JSON, /effort high|max|off, /quit ends"
 
 
@@ -106,7 +107,10 @@ def progress_bar(what: str) -> Generator[Callable[[int, int], None]]:
 
 
 class Conversation:
-    """The loop of `indexshare chat`: reads lines, streams replies, keeps the messages."""
+    """The loop of `indexshare chat`: reads lines, streams replies, keeps the messages.
+
+    context: tokens that the session has room for, if known. Raises RequestError when no answer fits in there.
+    """
 
     def __init__(
         self,
@@ -116,8 +120,17 @@ class Conversation:
         system: str | None,
         effort: str,
         sampling: Mapping[str, Any],
+        context: int | None = None,
         console: Console | None = None,
     ) -> None:
+        from indexshare.engine.llm import CHAT_MAX_NEW_TOKENS
+
+        max_new_tokens = sampling.get("max_new_tokens", CHAT_MAX_NEW_TOKENS)
+        if context is not None and context <= max_new_tokens:
+            raise RequestError(
+                f"a context of {context:,} tokens cannot hold a question and an answer of up to {max_new_tokens:,}: "
+                f"{MORE_ROOM}"
+            )
         self._llm = llm
         self._session = session  # kept between turns, so that only what is new is read
         self._sampling = dict(sampling)
@@ -182,6 +195,11 @@ class Conversation:
         except KeyboardInterrupt:
             self._console.print()
             self._say("stopped; the question and this answer are not part of the conversation")
+            return
+        except MemoryLimitError:  # of an open session: it has too few pages, and nothing was computed
+            is_first = self.messages == self._first
+            full = "the question is too long: shorten it" if is_first else "the conversation is full: /reset"
+            self._say(f"error: {full}, or {MORE_ROOM}")
             return
         self._console.print()
         if not any(isinstance(event, Error) for event in events):

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from indexshare.chat.template import ChatTemplate, encode_chat
+from indexshare.chat.template import ChatTemplate, encode_chat, resolve_effort
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.chat.types import Message, ToolCall
 from indexshare.errors import RequestError, TemplateError
@@ -221,6 +221,32 @@ def test_bad_options_are_request_errors(options: dict[str, Any]) -> None:
         TEMPLATE.render([user()], **options)
 
 
+@pytest.mark.parametrize(
+    ("source", "given", "passed"),
+    [
+        ("GLM-5.2", "minimal", "high"),
+        ("GLM-5.2", "low", "high"),  # the word stands in "following", unquoted
+        ("GLM-5.2", "medium", "high"),
+        ("GLM-5.2", "xhigh", "max"),
+        ("{% if reasoning_effort in ['low', 'high'] %}", "low", "low"),
+        ("{% if reasoning_effort in ['low', 'high'] %}", "minimal", "low"),
+        ("{% if reasoning_effort in ['low', 'high'] %}", "medium", "high"),
+        ("{% if reasoning_effort in ['low', 'high'] %}", "max", "max"),
+        ('{% if reasoning_effort == "medium" %}', "medium", "medium"),
+        ("{{ reasoning_effort }}", "low", "high"),
+    ],
+)
+def test_an_effort_is_passed_on_where_the_template_knows_the_word(source: str, given: str, passed: str) -> None:
+    template = TEMPLATE.source if source == "GLM-5.2" else source
+    assert resolve_effort(given, True, template) == (passed, True)
+    assert resolve_effort("none", True, template) == resolve_effort(None, False, template) == (None, False)
+
+
+def test_the_effort_follows_the_template_of_the_checkpoint() -> None:
+    known = ChatTemplate("{% if reasoning_effort in ['low', 'high'] %}{{ reasoning_effort }}{% endif %}")
+    assert known.render([user()], reasoning_effort="low") == "low"
+
+
 def test_deep_and_cyclic_input_is_a_request_error() -> None:
     cyclic: list[Any] = []
     cyclic.append(cyclic)
@@ -244,4 +270,8 @@ def test_template_of_a_directory(tmp_path: Path) -> None:
     assert ChatTemplate.from_directory(tmp_path).source == "own file"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TemplateError, match="cannot read"):
+        ChatTemplate.from_directory(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config.write_text("[" * 100_000)
+    with pytest.raises(TemplateError, match="cannot read the chat template"):
         ChatTemplate.from_directory(tmp_path)

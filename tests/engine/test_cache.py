@@ -1,12 +1,24 @@
 """The paged cache: bytes as published, pages conserved, too large a request refused with the numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from indexshare.engine.cache import PagedCache, bytes_per_token, check_memory, num_pages_for, required_bytes
+from indexshare.engine.cache import (
+    PagedCache,
+    bytes_per_token,
+    check_memory,
+    expanded_bytes,
+    num_pages_for,
+    required_bytes,
+)
 from indexshare.errors import MemoryLimitError
+from indexshare.kernels import ops
+from indexshare.kernels.layout import KeyLayout
 from indexshare.model import recipes
 
 
@@ -75,3 +87,32 @@ def test_a_request_that_does_not_fit_is_refused_with_the_numbers() -> None:
         check_memory(1000, 1499, num_tokens=10, workspace=500)
     with pytest.raises(MemoryLimitError, match="about 0 tokens"):
         check_memory(1000, 100, num_tokens=10, workspace=500)
+    check_memory(1000, 1800, num_tokens=10, workspace=500, expanded=300)
+    with pytest.raises(MemoryLimitError, match=r"cache, 300 bytes of keys and values for dense .* about 9 tokens"):
+        check_memory(1000, 1799, num_tokens=10, workspace=500, expanded=300)
+
+
+@pytest.mark.parametrize("value_dim", [8, 24, 40])
+def test_expanded_keys_and_values_take_what_was_computed(value_dim: int) -> None:
+    """Every tensor with all keys of all heads that `mla_expanded` makes is counted once, with its bytes."""
+    config = recipes.tiny(v_head_dim=value_dim)
+    num_keys, heads, nope, latent = 200, config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
+    made: dict[int, torch.Tensor] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= num_keys * heads * 4 * 16:
+                made[result.untyped_storage().data_ptr()] = result  # held, so that no address is used again
+            return result
+
+    query = torch.randn(2, heads, config.qk_head_dim)
+    pool = torch.randn(num_keys, config.latent_dim)
+    kv_b = torch.randn(heads, nope + value_dim, latent)
+    layout = KeyLayout(
+        sequence_starts=(0, 2), context_lengths=(num_keys,), page_table=torch.arange(num_keys)[None], page_size=1
+    )
+    with Watch():
+        ops.mla_expanded(query, pool, kv_b, layout, 1.0)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in made.values())
+    assert found == expanded_bytes(config, num_keys, torch.float32)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.chat.types import Done, Reasoning, Start, Text, ToolCall, ToolCallEvent, merge_events
 from indexshare.engine import llm as llm_module
 from indexshare.engine.llm import LLM, load
@@ -257,6 +259,11 @@ def test_too_much_memory_is_refused_with_the_number(tiny_llm: LLM, monkeypatch: 
     for stream in (False, True):
         with pytest.raises(MemoryLimitError):
             tiny_llm.generate(PROMPT, max_new_tokens=1_000_000, stream=stream)
+    # 50,000 tokens take 37 MiB of cache; dense attention would expand them to 4 heads of 16 + 16 + 24 + 24 numbers
+    tiny_llm.open_session(50_000).close()
+    expanded = 50_000 * 4 * (16 + 16 + 24 + 24) * 4
+    with pytest.raises(MemoryLimitError, match=f"{expanded:,} bytes of keys and values for dense attention"):
+        tiny_llm.open_session(50_000, attention="dense")
 
 
 def test_requests_that_cannot_be_served(tiny_llm: LLM) -> None:
@@ -270,8 +277,20 @@ def test_requests_that_cannot_be_served(tiny_llm: LLM) -> None:
         tiny_llm.generate([100_000])
     with pytest.raises(RequestError):
         tiny_llm.logprobs([])
-    with pytest.raises(RequestError, match="reasoning_effort"):
-        tiny_llm.chat(QUESTION, reasoning_effort="some")
+    for effort in ("some", ["high"], 3):
+        with pytest.raises(RequestError, match="reasoning_effort"):
+            tiny_llm.chat(QUESTION, reasoning_effort=effort)
+    for nothing in (None, 5, torch.tensor(5)):
+        with pytest.raises(RequestError, match="a text or a list of token ids"):
+            tiny_llm.generate(nothing)
+        with pytest.raises(RequestError, match="a list or a tensor of token ids"):
+            tiny_llm.logprobs(nothing)
+    with pytest.raises(RequestError, match="messages must be a list, not NoneType"):
+        tiny_llm.chat(None)
+    with pytest.raises(RequestError, match=r"unknown argument 'max_tokens'; .* max_new_tokens, temperature"):
+        tiny_llm.generate(PROMPT, max_tokens=3)
+    with pytest.raises(RequestError, match="unknown argument 'top'"):
+        tiny_llm.chat(QUESTION, top=3)
     for number in (0, -1, True, 1.5, 2**63):
         with pytest.raises(RequestError):
             tiny_llm.open_session(number)
@@ -306,13 +325,70 @@ def test_without_a_tokenizer_it_still_scores(tiny_llm: LLM, tiny_directory: Path
 
 
 def test_another_index_pattern_and_attention(tiny_llm: LLM, tiny_directory: Path) -> None:
-    shared = load(tiny_directory, device="cpu", dtype="float32", threads=1, index_pattern="FSSSSS")
+    with pytest.warns(UserWarning, match="index pattern makes their layers shared: 10 tensors") as warned:
+        shared = load(tiny_directory, device="cpu", dtype="float32", threads=1, index_pattern="FSSSSS")
+    assert len(warned) == 1
+    assert shared.load_report is not None and len(shared.load_report.skipped_indexers) == 10
+    assert tiny_llm.load_report is not None and not tiny_llm.load_report.remarks()
     token_ids = tiny_llm.tokenizer.encode(PROMPT * 3)
     plain = tiny_llm.logprobs(token_ids)
     assert (shared.logprobs(token_ids) - plain).abs().max() > 1e-4
     dense = tiny_llm.logprobs(token_ids, attention="dense")
     assert (dense - plain).abs().max() > 1e-4
     torch.testing.assert_close(shared.logprobs(token_ids, attention="dense"), dense, rtol=0, atol=1e-5)
+
+
+def test_what_loading_left_out_is_a_warning(tiny_directory: Path, tmp_path: Path) -> None:
+    directory = copy_of(tiny_directory, tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.6.")}
+    save_file(kept | {"model.extra.weight": torch.ones(3)}, directory / "model.safetensors")
+    with pytest.warns(UserWarning, match="lack the MTP layer|without a place in the model") as warned:
+        llm = load(directory, device="cpu", dtype="float32", threads=1, strict=False)
+    first, second = (str(warning.message) for warning in warned)
+    assert "lack the MTP layer" in first
+    assert "1 tensor (model.extra.weight)" in second
+    assert all(warning.filename == __file__ for warning in warned)
+    assert llm.load_report is not None and llm.load_report.mtp_absent
+    with pytest.raises(RequestError, match="no MTP layer"):
+        llm.generate(PROMPT, num_draft_tokens=2)
+
+
+def test_stop_tokens_come_from_all_three_files(tiny_directory: Path, tmp_path: Path, script: Script) -> None:
+    directory = copy_of(tiny_directory, tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    control = Tokenizer.from_directory(directory).control_ids
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": control["<|endoftext|>"]}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [control["<eop>"]]}))
+    llm = load(directory, device="cpu", dtype="float32", threads=1)
+    for stop in ("<|endoftext|>", "<|user|>", "<|observation|>", "<eop>"):
+        script(f"</think>one{stop}two")
+        reply = llm.chat(QUESTION, max_new_tokens=4)
+        assert (reply.content, reply.finish_reason, reply.token_ids[-1]) == ("one", "stop", control[stop])
+    for stop, ends in (("<|endoftext|>", True), ("<eop>", True), ("<|user|>", False)):
+        num_tokens = script(f"one{stop}two")
+        answer = llm.generate(PROMPT, max_new_tokens=num_tokens)
+        assert answer.finish_reason == ("stop" if ends else "length")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_links_out_of_the_directory_are_refused(tiny_directory: Path, tmp_path: Path, name: str) -> None:
+    directory = copy_of(tiny_directory, tmp_path)
+    outside = tmp_path / "outside"
+    outside.write_text("{}")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to a file outside"):
+        load(directory, device="cpu", threads=1)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_loaded(tiny_directory: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_directory, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert load(snapshot, device="cpu", threads=1).generate(PROMPT, max_new_tokens=2).token_ids
 
 
 def test_sampling_defaults_of_the_checkpoint(tiny_directory: Path, tmp_path: Path) -> None:
@@ -323,11 +399,12 @@ def test_sampling_defaults_of_the_checkpoint(tiny_directory: Path, tmp_path: Pat
     drawn = llm.chat(QUESTION, max_new_tokens=30, seed=4)
     assert llm.chat(QUESTION, max_new_tokens=30, seed=4, temperature=1.0, top_p=0.95) == drawn
     assert llm.chat(QUESTION, max_new_tokens=30, seed=4, temperature=0.0) != drawn
+    settings.write_text(json.dumps({"repetition_penalty": 1.3}))
+    penalised = load(directory, device="cpu", dtype="float32", threads=1).chat(QUESTION, max_new_tokens=30)
+    assert penalised == llm.chat(QUESTION, max_new_tokens=30, temperature=0.0, top_p=1.0, repetition_penalty=1.3)
+    assert penalised != llm.chat(QUESTION, max_new_tokens=30, temperature=0.0, top_p=1.0)
     settings.write_text(json.dumps({"temperature": -1.0}))
     with pytest.raises(ConfigError, match="temperature"):
-        load(directory, device="cpu", dtype="float32", threads=1)
-    settings.write_text("[]")
-    with pytest.raises(ConfigError, match="JSON object"):
         load(directory, device="cpu", dtype="float32", threads=1)
 
 

@@ -6,6 +6,7 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -91,6 +92,18 @@ def test_the_page_holds_more_lengths(llm: LLM, tmp_path: Path, monkeypatch: pyte
     assert str(tmp_path / "demo.html") in output
 
 
+def test_the_pictures_are_files_of_their_own(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MAP_LENGTHS", (300,))
+    monkeypatch.setattr(demo, "MAP_QUESTIONS", 2)
+    directory = tmp_path / "docs" / "images"
+    result, output, _ = run(llm, num_questions=1, pictures=directory)
+    assert result.needles[0].num_tokens == 300
+    assert sorted(path.name for path in directory.iterdir()) == ["needles.svg", "time.svg"]
+    for path in directory.iterdir():
+        ElementTree.parse(path)
+        assert str(path) in output
+
+
 def test_what_cannot_be_done_is_refused_at_once(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="1,048,576"):
         run(llm, num_tokens=2**20 + 1)
@@ -98,6 +111,9 @@ def test_what_cannot_be_done_is_refused_at_once(llm: LLM, tmp_path: Path, monkey
         run(llm, num_questions=0)
     with pytest.raises(RequestError, match="no directory"):
         run(llm, html=tmp_path / "missing" / "demo.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="not a directory"):
+        run(llm, pictures=tmp_path / "file")
     monkeypatch.setattr("indexshare.runtime.available_memory_bytes", lambda device: 256 * 2**20 + 1000)
     with pytest.raises(MemoryLimitError, match="bytes of cache"):
         run(llm, num_tokens=2**20)

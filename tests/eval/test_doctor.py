@@ -1,5 +1,6 @@
 """The doctor passes healthy models and names what is wrong with the others."""
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from indexshare import cli
-from indexshare.errors import CheckpointError, KernelError, RequestError
-from indexshare.eval.doctor import DoctorReport, diagnose, render, require_healthy
+from indexshare.errors import RequestError
+from indexshare.eval.doctor import DoctorReport, UnhealthyError, diagnose, render, require_healthy
 from indexshare.kernels import ops, registry
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
@@ -55,8 +57,12 @@ def test_a_healthy_model_passes(directory: Path, dtype: str) -> None:
     assert not report.failed
     ran = {line.operation for line in report.lines}
     operations = {choice.operation for choice in registry.describe(("cpu",))}
-    training = {"index_scores", "indexer_kl"}
-    assert ran == (operations - training - {"mla_expanded"}) | {"attention layer", "logits"}
+    not_run = ("index_scores", "indexer_kl", "mla_expanded")  # two of training, one for more than 64 tokens at once
+    assert ran == (operations - set(not_run)) | {"attention layer", "logits"}
+    assert report.not_run == not_run
+    shown = " ".join(text(report).split())
+    assert f"did not run: {', '.join(not_run)}" in shown
+    assert shown.endswith("every operation of inference that ran is right")
     for operation, lengths in (("mla_dense", {6}), ("mla_sparse", {70, 80}), ("index_select", {70, 80})):
         assert {line.length for line in report.lines if line.operation == operation} == lengths
     assert all(operation in text(report) for operation in ran)
@@ -139,6 +145,61 @@ def test_a_broken_operation_is_named(directory: Path, operation: str, function: 
     assert msgspec.json.decode(msgspec.json.encode(report))["ok"] is False
 
 
+def unsupported(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification of an operation as on a device that lacks something: only the reference in fp64 runs."""
+    specification = registry.get(operation).specification
+
+    @functools.wraps(specification)
+    def function(*arguments: Any) -> Any:
+        if not any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in arguments):
+            raise RuntimeError("not implemented for this device\nand a long explanation")
+        return specification(*arguments)
+
+    monkeypatch.setattr(registry.get(operation), "specification", function)
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "cache_write", "index_select", "moe_route", "linear", "mla_dense"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("with_twin", [False, True])
+def test_an_operation_that_a_device_cannot_run_is_named(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, operation: str, dtype: str, with_twin: bool
+) -> None:
+    """The pass goes on with the fp64 result, so that everything else is still measured."""
+    unsupported(operation, monkeypatch)
+    if with_twin:
+        with broken(operation, raising_dense):
+            report = diagnose(directory, dtype=dtype, lengths=LENGTHS)
+    else:
+        report = diagnose(directory, dtype=dtype, lengths=LENGTHS)
+    assert not report.ok
+    assert report.failed == (operation,)
+    failed = {(line.twin, line.note) for line in report.lines if not line.ok}
+    expected = {("torch", "RuntimeError: not implemented for this device")}
+    assert failed == expected | ({("broken", "RuntimeError: the launch failed")} if with_twin else set())
+    assert {"attention layer", "logits", "moe_experts", "mla_sparse"} <= {line.operation for line in report.lines}
+    assert "FAIL" in text(report) and "implemented" in text(report)
+
+
+def test_the_command_names_what_a_device_cannot_run(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsupported("rms_norm", monkeypatch)
+    assert cli.run(("doctor", str(directory), "--device", "cpu")) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_pass_that_breaks_off_is_a_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error outside every operation."""
+
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("no embedding here\nand more")
+
+    monkeypatch.setattr(GlmForCausalLM, "forward", fail)
+    report = diagnose(directory, lengths=LENGTHS)
+    assert report.failed == ("forward pass",)
+    assert {line.note for line in report.lines} == {"NotImplementedError: no embedding here"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(directory: Path, tmp_path: Path, value: float) -> None:
     model = GlmForCausalLM(tiny())
@@ -150,13 +211,13 @@ def test_weights_that_are_not_finite_are_named(directory: Path, tmp_path: Path, 
     assert not report.ok
     assert report.bad_weights == (name,)
     assert name in text(report).replace("\n", "")
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(UnhealthyError, match=name):
         require_healthy(tmp_path)
 
 
 def test_serving_is_refused(directory: Path) -> None:
     assert require_healthy(directory).ok
-    with broken("mla_sparse", wrong_sparse), pytest.raises(KernelError, match=r"mla_sparse.*doctor"):
+    with broken("mla_sparse", wrong_sparse), pytest.raises(UnhealthyError, match=r"mla_sparse.*doctor"):
         require_healthy(directory)
 
 
@@ -168,6 +229,11 @@ def test_the_command_says_so_with_its_exit_code(directory: Path, capsys: pytest.
         assert cli.run(command) == 1
     lines = msgspec.json.decode(capsys.readouterr().out)["lines"]
     assert {line["operation"] for line in lines if not line["ok"]} == {"rope"}
+
+
+def test_the_command_takes_a_precision(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(("doctor", str(directory), "--device", "cpu", "--dtype", "float32", "--json")) == 0
+    assert msgspec.json.decode(capsys.readouterr().out)["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("lengths", [(1,), (8, 2**21)])

@@ -58,7 +58,10 @@ def test_scores_rank_as_the_selection_does() -> None:
 def test_gradients_of_the_scores() -> None:
     def run(query: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         return torch.cat(
-            [score.nan_to_num(neginf=0.0).flatten() for score in ops.index_scores(query, weights, keys, PACKED, every(1))]
+            [
+                score.nan_to_num(neginf=0.0).flatten()
+                for score in ops.index_scores(query, weights, keys, PACKED, every(1))
+            ]
         )
 
     assert torch.autograd.gradcheck(
@@ -127,7 +130,10 @@ def test_sum_over_layers_has_the_gradient_of_the_mean_target() -> None:
     """L_multi and L_avg of IndexCache (arXiv 2603.12201, proposition 1): each layer needs only the shared scores."""
     masks = some_masks()
     query, weights, keys = doubles(11, 2, 4, grad=True), doubles(11, 2, grad=True), doubles(11, 4, grad=True)
-    layers = [ops.attention_target(doubles(11, HEADS, WIDTH), doubles(11, WIDTH), PACKED, masks, 0.3, every(1)) for _ in range(4)]
+    layers = [
+        ops.attention_target(doubles(11, HEADS, WIDTH), doubles(11, WIDTH), PACKED, masks, 0.3, every(1))
+        for _ in range(4)
+    ]
     scores = ops.index_scores(query, weights, keys, PACKED, every(1))
     multi = sum((ops.indexer_kl(scores, targets, masks) for targets in layers), zero()) / len(layers)
     mean = [torch.stack(per_sequence).mean(0) for per_sequence in zip(*layers, strict=True)]

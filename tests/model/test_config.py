@@ -221,6 +221,8 @@ def test_a_single_end_token_becomes_a_tuple() -> None:
         ({"dtype": "float8"}, "dtype"),
         ({"eos_token_id": [154880]}, "154880 is outside"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": None}, "`rms_norm_eps`"),
+        ({"indexer_types": None, "index_topk_pattern": [["F"]]}, r"not \['F'\]"),
     ],
 )
 def test_what_this_model_cannot_be_is_an_error_that_names_the_key(changes: dict[str, object], message: str) -> None:
@@ -253,8 +255,21 @@ def test_a_file_that_is_no_configuration_is_an_error(text: str, tmp_path: Path) 
         GlmConfig.from_json(file)
 
 
+@pytest.mark.parametrize("content", [b'{"a": "\xff"}', b"\xff\xfe{\x00}\x00"])
+def test_a_file_that_is_not_utf_8_is_an_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
+        GlmConfig.from_json(tmp_path)
+
+
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no configuration at"):
+        GlmConfig.from_json(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot read .*config\.json: Is a directory"):
         GlmConfig.from_json(tmp_path)
 
 

@@ -347,7 +347,9 @@ def gradients(model: GlmForCausalLM, loss: Tensor) -> Iterator[tuple[str, bool]]
 def test_the_two_losses_train_disjoint_parts(model: GlmForCausalLM, attention: str) -> None:
     """The language model loss never reaches an indexer, the divergence nothing but the indexers."""
     trace = Trace()
-    batch = packed_batch(LENGTH, 9, attention=attention, index_queries=[torch.arange(LENGTH)], trace=trace)
+    batch = packed_batch(
+        LENGTH, 9, attention=attention, index_queries=[torch.arange(LENGTH), torch.arange(9)], trace=trace
+    )
     hidden = model(batch)
     guess, _ = model.mtp(hidden, batch.token_ids.roll(-1), batch)
     losses = [

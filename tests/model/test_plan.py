@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -58,6 +61,40 @@ def test_this_machine_has_memory_and_disk() -> None:
     machine = this_machine()
     assert machine.memory_bytes > 0 and machine.disk_bytes > 0 and machine.compute > 0
     assert "assumed" in machine.description
+
+
+def test_the_disk_is_that_of_the_nearest_directory_there_is(tmp_path: Path) -> None:
+    assert this_machine("cpu", tmp_path / "not" / "yet").disk_bytes > 0
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99"])
+def test_a_device_that_is_not_here_is_an_error(device: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used here"):
+        this_machine(device)
+
+
+def test_the_memory_of_other_kinds_of_device_is_not_guessed() -> None:
+    with pytest.raises(ConfigError, match="plan for cpu or a cuda device"):
+        this_machine("meta")
+
+
+def test_a_plan_for_a_cpu_needs_no_torch() -> None:
+    program = (
+        "import sys; from indexshare.model.plan import this_machine; this_machine(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_weights_that_are_there_need_no_disk() -> None:
+    machine = replace(MACHINE, disk_bytes=0)
+    assert not any(row.fits_disk for row in make_plan(nano(), "nano", 256, machine).formats)
+    plan = make_plan(nano(), "nano", 256, machine, on_disk=True)
+    assert plan.on_disk and all(row.fits_disk for row in plan.formats)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(render(plan))
+    shown = capture.get()
+    assert shown.count("on disk") == len(plan.formats) and "…" not in shown
 
 
 def test_it_is_shown_as_a_table_and_as_json() -> None:

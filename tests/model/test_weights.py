@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from indexshare.errors import CheckpointError, ConfigError, IndexShareError
+from indexshare.errors import CheckpointError, ConfigError, IndexShareError, MemoryLimitError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
 from indexshare.model.weights import load_checkpoint, load_model, save_model
@@ -114,14 +114,17 @@ def test_dtypes_are_converted(directory: Path, stored: torch.dtype, wanted: torc
 
 def test_shards_round_trip_and_replace_each_other(tmp_path: Path, saved: tuple[GlmForCausalLM, Path]) -> None:
     model, other = saved[0], make_model()
-    (tmp_path / "tokenizer.json").write_text("kept")
+    kept = {"tokenizer.json", "model-backup.safetensors", "model-1-of-2.safetensors"}
+    for name in kept:
+        (tmp_path / name).write_text("kept")
     for source, limit in ((other, 10**9), (model, 100_000), (other, 50_000), (model, 10**9)):
         save_model(source, tmp_path, max_shard_bytes=limit)
-        shards = list(tmp_path.glob("*.safetensors"))
+        shards = [path for path in tmp_path.glob("*.safetensors") if path.name not in kept]
         assert (len(shards) > 1) == (tmp_path / INDEX).exists() == (limit < 10**9)
         assert all(path.stat().st_size < limit + 20_000 for path in shards)
         assert_same_weights(source, load_model(tmp_path, dtype=torch.float32))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | kept
+    assert all((tmp_path / name).read_text() == "kept" for name in kept)
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(
@@ -292,6 +295,20 @@ def test_a_truncated_file_is_refused(directory: Path) -> None:
         os.truncate(path, size)
         with pytest.raises(CheckpointError, match="truncated"):
             load_model(directory)
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(
+    directory: Path, saved: tuple[GlmForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(tensor.nbytes for tensor in saved[0].state_dict().values())
+    monkeypatch.setattr("indexshare.runtime.available_memory_bytes", lambda device: needed)
+    load_model(directory, dtype=torch.float32)
+    monkeypatch.setattr("indexshare.runtime.available_memory_bytes", lambda device: needed - 1)
+    message = f"need {needed:,} bytes as float32, but only {needed - 1:,} bytes are available on cpu.*indexshare plan"
+    with pytest.raises(MemoryLimitError, match=message):
+        load_model(directory, dtype=torch.float32)
+    load_model(directory, dtype=torch.bfloat16)
+    assert load_model(directory, dtype=torch.float32, device="meta").lm_head.weight.is_meta  # takes no memory
 
 
 def test_every_check_comes_before_any_data(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,9 @@ def broken_at(step: int, scale: float) -> Callable[[nn.Module, Tensor, Phase], l
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_nan_stops_and_names_step_and_checkpoint(tmp_path: Path, scale: float) -> None:
     model = new_model()
-    with pytest.raises(TrainingError, match=r"step 5: .*(nan|inf).*step-00000003.*resumes"):
+    with pytest.raises(
+        TrainingError, match=r"step 5: .*(nan|inf).*step-00000003.*--accept-recipe-change: that resumes"
+    ):
         run(tmp_path, loss=broken_at(5, scale), model=model)
     assert all(tensor.isfinite().all() for _, tensor in named_tensors(model))
     assert run(tmp_path).stopped == "finished"
@@ -267,10 +269,19 @@ def test_wall_clock_limit_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path).stopped == "finished"
 
 
+def test_a_finished_run_has_the_loss_of_its_last_step(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, phases=(DENSE,), log_every=3)
+    first = run(tmp_path, recipe)
+    again = run(tmp_path, recipe)
+    assert math.isfinite(first.lm_loss)
+    assert (again.stopped, again.step, again.lm_loss) == ("finished", 4, first.lm_loss)
+    assert math.isnan(run(tmp_path / "other", recipe, max_steps=0).lm_loss)
+
+
 def test_other_recipe_is_refused_unless_accepted(tmp_path: Path) -> None:
     run(tmp_path, max_steps=2)
     other = dataclasses.replace(RECIPE, learning_rate_muon=0.001, log_every=5)
-    with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\."):
+    with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\..*--accept-recipe-change"):
         run(tmp_path, other)
     assert run(tmp_path, other, accept_recipe_change=True).stopped == "finished"
     with pytest.raises(TrainingError, match="holds a run already"):
@@ -346,6 +357,15 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
         reporter.report(record, log=False)
     assert capsys.readouterr().err == "dense step 4/10  loss 2.500  1,500 tokens/s  0 min left\n"
     assert read_log(tmp_path) == [record]
+
+
+def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for first_step in (10, 9):
+        with monitor.Monitor(tmp_path / "log.jsonl", 10, first_step, progress=True):
+            pass
+    with monitor.Monitor(tmp_path / "log.jsonl", 10, 10, progress=False):
+        pass
+    assert capsys.readouterr().err == "this run finished at step 10; name another output directory to train again\n"
 
 
 # --- optimizers

@@ -22,30 +22,34 @@ from indexshare.errors import RequestError, TemplateError
 _BASE_WORK = 4 * 1024 * 1024
 _WORK_PER_CHAR = 256
 
-_EFFORTS: dict[str | None, str | None] = {
-    None: None,
-    "none": None,
-    "minimal": "high",
-    "low": "high",
-    "medium": "high",
-    "high": "high",
-    "xhigh": "max",
-    "max": "max",
+# Words for an effort, and what each means to a template that does not know it: the first that the template knows.
+_EFFORTS: dict[str, tuple[str, ...]] = {
+    "minimal": ("low", "high"),
+    "low": ("high",),
+    "medium": ("high",),
+    "high": (),
+    "xhigh": ("max",),
+    "max": (),
 }
 Conversation = Sequence[Message | Mapping[str, Any]]
 
 
-def resolve_effort(reasoning_effort: str | None, enable_thinking: bool) -> tuple[str | None, bool]:
-    """(effort for the template, thinking on). GLM-5.2 knows two efforts and silently reads any other word as Max.
+def resolve_effort(reasoning_effort: str | None, enable_thinking: bool, source: str) -> tuple[str | None, bool]:
+    """(effort for the template with this source, thinking on). "none" turns thinking off, None asks for nothing.
 
-    "none" turns thinking off, "minimal" to "high" mean High, "xhigh", "max" and None mean Max; RequestError otherwise.
+    A word that the template compares with, which stands quoted in its source, is passed on: GLM-5.3 knows "low", "high"
+    and "max". GLM-5.2 knows "high" and silently reads any other word as Max, so that for it "minimal", "low" and
+    "medium" become "high", and "xhigh" becomes "max". RequestError for a word that is none of these.
     """
+    if reasoning_effort is None or reasoning_effort == "none":
+        return None, enable_thinking and reasoning_effort is None
     if reasoning_effort not in _EFFORTS:
         raise RequestError(
             f"unknown reasoning_effort {reasoning_effort!r}; use one of "
-            f"{', '.join(repr(effort) for effort in _EFFORTS if effort)}"
+            f"{', '.join(repr(effort) for effort in ('none', *_EFFORTS))}"
         )
-    return _EFFORTS[reasoning_effort], enable_thinking and reasoning_effort != "none"
+    words = (reasoning_effort, *_EFFORTS[reasoning_effort])
+    return next((word for word in words if re.search(f"(['\"]){word}\\1", source)), words[-1]), enable_thinking
 
 
 class ChatTemplate:
@@ -73,7 +77,7 @@ class ChatTemplate:
                     source = next((item["template"] for item in source if item.get("name") == "default"), None)
                 if source is not None:
                     return ChatTemplate(source)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise TemplateError(f"cannot read the chat template in {directory}: {error}") from error
         return ChatTemplate()
 
@@ -94,7 +98,7 @@ class ChatTemplate:
         transform: applied to every string the caller supplied, dictionary keys included, before the template sees it.
         Raises RequestError for a bad conversation and TemplateError when the template fails or exceeds its limits.
         """
-        effort, thinking = resolve_effort(reasoning_effort, enable_thinking)
+        effort, thinking = resolve_effort(reasoning_effort, enable_thinking, self.source)
         copy = _PlainCopy(transform)
         try:
             plain = [copy.value(_message_dict(message)) for message in messages]

@@ -174,7 +174,8 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """The last event of a reply that failed."""
+    """The last event of a reply that failed, from a source that cannot raise to its reader, such as a reply sent over a
+    network. `LLM.chat` makes none: it raises."""
 
     message: str
 

@@ -41,17 +41,31 @@ def required_bytes(
     return num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp)
 
 
-def check_memory(needed: int, available: int, *, num_tokens: int, workspace: int = 0) -> None:
-    """Refuse a request whose caches and workspace do not fit; before any of it is allocated.
+def expanded_bytes(config: GlmConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that dense attention takes for a while in one layer: keys and values of the whole context, head by head.
 
-    needed, available, workspace: bytes. Raises MemoryLimitError with the numbers and the length that would fit.
+    For each token and head, as in `ops.mla_expanded`: the projection (nope + value) and the keys made from it (nope +
+    rope); where values have another width, once more that of the keys, for padded values or for a copy inside torch.
     """
-    if needed + workspace <= available:
+    key_dim, value_dim = config.qk_head_dim, config.v_head_dim
+    width = config.qk_nope_head_dim + value_dim + key_dim + (key_dim if value_dim != key_dim else 0)
+    return num_tokens * config.num_attention_heads * width * dtype.itemsize
+
+
+def check_memory(needed: int, available: int, *, num_tokens: int, workspace: int = 0, expanded: int = 0) -> None:
+    """Refuse a request whose caches, workspace and expanded keys do not fit; before any of it is allocated.
+
+    needed (the caches), available, workspace, expanded (`expanded_bytes`, dense attention only): bytes.
+    Raises MemoryLimitError with the numbers and the length that would fit.
+    """
+    if needed + expanded + workspace <= available:
         return
-    fitting = max(0, (available - workspace) * num_tokens // max(needed, 1))
+    fitting = max(0, (available - workspace) * num_tokens // max(needed + expanded, 1))
+    dense = f", {expanded:,} bytes of keys and values for dense attention" if expanded else ""
     raise MemoryLimitError(
-        f"a context of {num_tokens:,} tokens needs {needed:,} bytes of cache and {workspace:,} bytes of workspace, but "
-        f"only {available:,} bytes are available: use at most about {fitting:,} tokens or free some memory"
+        f"a context of {num_tokens:,} tokens needs {needed:,} bytes of cache{dense} and {workspace:,} bytes of "
+        f"workspace, but only {available:,} bytes are available: use at most about {fitting:,} tokens or free some "
+        "memory"
     )
 
 

@@ -6,30 +6,38 @@ for event in llm.chat([{"role": "user", "content": "..."}], stream=True): ...
 """
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import msgspec
 from torch import Tensor
 
 from indexshare import runtime
 from indexshare.chat.parser import EventParser
 from indexshare.chat.template import ChatTemplate, Conversation, encode_chat
 from indexshare.chat.tokenizer import Tokenizer
-from indexshare.engine.cache import DEFAULT_PAGE_SIZE, PagedCache, check_memory, num_pages_for, required_bytes
+from indexshare.engine.cache import (
+    DEFAULT_PAGE_SIZE,
+    PagedCache,
+    check_memory,
+    expanded_bytes,
+    num_pages_for,
+    required_bytes,
+)
+from indexshare.engine.generation_config import GenerationConfig, read_generation_config
 from indexshare.engine.output import ChatStream, Completion, Reply, Request, TextStream
 from indexshare.engine.resolve import resolve_model
 from indexshare.engine.sampler import SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
-from indexshare.errors import CheckpointError, ConfigError, RequestError
+from indexshare.errors import CheckpointError, RequestError
+from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
-from indexshare.model.weights import load_model
+from indexshare.model.weights import LoadReport, load_checkpoint
 
 CHAT_MAX_NEW_TOKENS = 1024
-GENERATION_KEYS = ("temperature", "top_k", "top_p")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -63,14 +71,18 @@ def load(
     device: "auto", "cpu", "cuda", ...; dtype: "bfloat16", "float16" or "float32", for weights and caches.
     index_pattern: which layers run an indexer, e.g. "FFSF...", instead of what the checkpoint says.
     latent_norm_eps: 1e-6 matches transformers; the default is what the model was trained with.
-    threads: CPU threads, default all that may be used. strict=False turns unknown config keys into warnings.
-    Raises ConfigError or CheckpointError, before or while reading; nothing stays half loaded.
+    threads: CPU threads, default all that may be used.
+    strict=False turns unknown config keys and tensors into warnings.
+    Warns of tensors that are not used and of a missing MTP layer (`LLM.load_report` has the names).
+    Raises ConfigError, CheckpointError or MemoryLimitError, before or while reading; nothing stays half loaded.
     """
     runtime.set_threads(threads)
     torch_device = runtime.resolve_device(device)
     torch_dtype = runtime.resolve_dtype(dtype)
     directory = resolve_model(model)
-    weights = load_model(
+    check_text_files(directory)
+    generation = read_generation_config(directory)
+    weights, report = load_checkpoint(
         directory,
         dtype=torch_dtype,
         device=torch_device,
@@ -78,41 +90,31 @@ def load(
         latent_norm_eps=latent_norm_eps,
         strict=strict,
     )
+    for remark in report.remarks():
+        warnings.warn(f"{directory}: {remark}", stacklevel=2)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     return LLM(
         weights,
         tokenizer=Tokenizer.from_directory(directory) if has_tokenizer else None,
         template=ChatTemplate.from_directory(directory) if has_tokenizer else None,
-        chat_defaults=_chat_defaults(directory),
+        generation=generation,
         directory=directory,
+        load_report=report,
     )
 
 
-def _chat_defaults(directory: Path) -> SamplingOptions:
-    """What generation_config.json says about sampling in a chat; greedy without one."""
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{file} is not a JSON object: {error}") from error
-    given = {key: content[key] for key in GENERATION_KEYS if content.get(key) is not None}
-    if content.get("do_sample") is False:
-        given["temperature"] = 0.0
-    elif given:
-        given.setdefault("temperature", 1.0)
-    try:
-        SamplingParams(**given)
-    except RequestError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    return SamplingOptions(**given)
+def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    known = SamplingOptions.__annotations__
+    if unknown := sorted(options.keys() - known.keys()):
+        raise RequestError(f"unknown argument {unknown[0]!r}; those of sampling are {', '.join(known)}")
+    return SamplingParams(**options)
 
 
 class LLM:
     """A loaded model with its tokenizer and chat template; without a tokenizer it can still score token ids.
 
     Each request has a cache of its own size, so that what it needs is known before it starts.
+    load_report: what loading skipped or converted; None for a model made in memory.
     """
 
     def __init__(
@@ -121,8 +123,9 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
-        chat_defaults: SamplingOptions | None = None,
+        generation: GenerationConfig | None = None,
         directory: Path | None = None,
+        load_report: LoadReport | None = None,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -133,7 +136,8 @@ class LLM:
         self._tokenizer = tokenizer
         self._template = template
         self._directory = directory
-        self._chat_defaults = chat_defaults or {}
+        self._generation = generation or GenerationConfig()
+        self.load_report = load_report
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -166,7 +170,8 @@ class LLM:
         """A session with room for `max_tokens` tokens: read once, ask many times.
 
         num_draft_tokens: how many tokens the MTP layer guesses for each forward pass; 0 is plain decoding.
-        Raises RequestError when the model has fewer positions and MemoryLimitError when the cache does not fit.
+        Raises RequestError when the model has fewer positions and MemoryLimitError when the cache, or what dense
+        attention needs beside it, does not fit.
         """
         config = self.config
         check_integer("max_tokens (prompt and answer together)", max_tokens, 1, config.max_position_embeddings)
@@ -174,8 +179,13 @@ class LLM:
         check_integer("num_draft_tokens", num_draft_tokens, 0, MAX_DRAFT_TOKENS)
         with_mtp = num_draft_tokens > 0
         needed = required_bytes(config, max_tokens, self.dtype, page_size=page_size, with_mtp=with_mtp)
-        available = runtime.available_memory_bytes(str(self.device))
-        check_memory(needed, available, num_tokens=max_tokens, workspace=runtime.settings().workspace_bytes)
+        check_memory(
+            needed,
+            runtime.available_memory_bytes(str(self.device)),
+            num_tokens=max_tokens,
+            workspace=runtime.settings().workspace_bytes,
+            expanded=expanded_bytes(config, max_tokens, self.dtype) if attention == "dense" else 0,
+        )
         cache = PagedCache(
             config,
             num_pages=num_pages_for(max_tokens, page_size),
@@ -197,7 +207,11 @@ class LLM:
         progress: Progress | None = None,
     ) -> Tensor:
         """log p(token | tokens before it) for tokens 1 .. T-1 of the given T: float32 [T-1] on the CPU."""
-        with self.open_session(max(len(token_ids), 1), attention=attention) as session:
+        try:
+            num_tokens = len(token_ids)
+        except TypeError as error:
+            raise RequestError(f"logprobs takes a list or a tensor of token ids: {error}") from None
+        with self.open_session(max(num_tokens, 1), attention=attention) as session:
             return session.logprobs(token_ids, chunk_size=chunk_size, progress=progress)
 
     @overload
@@ -243,9 +257,16 @@ class LLM:
         progress(tokens read, tokens to read) is called while the prompt is read.
         Raises RequestError (which names the argument) or MemoryLimitError before anything is computed.
         """
-        params = SamplingParams(**sampling)
-        token_ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        pieces = TextStream(self._request(token_ids, params, session, progress, num_draft_tokens))
+        params = _sampling_params(sampling)
+        if isinstance(text, str):
+            token_ids = self.tokenizer.encode(text)
+        else:
+            try:
+                token_ids = list(text)
+            except TypeError as error:
+                raise RequestError(f"the prompt must be a text or a list of token ids: {error}") from None
+        stop_ids = self.config.eos_token_id or self.tokenizer.stop_ids
+        pieces = TextStream(self._request(token_ids, params, session, progress, stop_ids, num_draft_tokens))
         if stream:
             return pieces
         with pieces:
@@ -301,13 +322,14 @@ class LLM:
         messages, tools: OpenAI-style dictionaries. reasoning_effort: "high" or "max" (the default), and the names that
         `chat.template.resolve_effort` maps to them; enable_thinking=False answers at once; clear_thinking=False keeps
         the reasoning of earlier turns in the prompt. Sampling defaults come from the model's generation_config.json,
-        else greedy. stream=True returns an iterator of events (chat/types.py). session, progress and errors as in
-        `generate`, and TemplateError.
+        else greedy; every stop token of config, generation_config and tokenizer ends the reply. stream=True returns an
+        iterator of events (chat/types.py). session, progress and errors as in `generate`, and TemplateError.
         """
-        options = SamplingOptions(max_new_tokens=CHAT_MAX_NEW_TOKENS)
-        options.update(self._chat_defaults)
-        options.update(sampling)
-        params = SamplingParams(**options)
+        params = _sampling_params({"max_new_tokens": CHAT_MAX_NEW_TOKENS, **self._generation.sampling, **sampling})
+        if not isinstance(messages, Sequence):
+            raise RequestError(f"messages must be a list, not {type(messages).__name__}")
+        if not isinstance(reasoning_effort, str | None):
+            raise RequestError(f"reasoning_effort must be a word such as 'high', not {reasoning_effort!r:.200}")
         tokenizer = self.tokenizer
         assert self._template is not None, "a tokenizer comes with a template"
         token_ids = encode_chat(
@@ -324,7 +346,8 @@ class LLM:
             thinking=token_ids[-1:] == [tokenizer.control_ids.get("<think>")],
             id_prefix=f"call_{len(messages)}_",  # unique in the conversation, and the same for the same request
         )
-        events = ChatStream(self._request(token_ids, params, session, progress), parser=parser)
+        stop_ids = (*self.config.eos_token_id, *tokenizer.stop_ids)
+        events = ChatStream(self._request(token_ids, params, session, progress, stop_ids), parser=parser)
         if stream:
             return events
         with events:
@@ -338,6 +361,7 @@ class LLM:
         params: SamplingParams,
         session: Session | None,
         progress: Progress | None,
+        stop_ids: tuple[int, ...],
         num_draft_tokens: int = 0,
     ) -> Request:
         if not token_ids:
@@ -350,7 +374,7 @@ class LLM:
             session=session or self.open_session(max_tokens, num_draft_tokens=num_draft_tokens),
             prompt_ids=token_ids,
             params=params,
-            stop_ids=self.config.eos_token_id or self.tokenizer.stop_ids,
+            stop_ids=tuple(dict.fromkeys((*stop_ids, *self._generation.stop_ids))),
             tokenizer=self.tokenizer,
             keeps_session=keeps_session,
             progress=progress,

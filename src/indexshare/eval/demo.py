@@ -21,7 +21,7 @@ from indexshare.eval.documents import Document, Library, Needle
 from indexshare.eval.machine import describe_machine
 from indexshare.eval.measure import Ask, Measurement, Variant, measure, variants
 from indexshare.eval.progress import bar, clock
-from indexshare.eval.report import DemoResult, write_page
+from indexshare.eval.report import DemoResult, write_page, write_pictures
 from indexshare.eval.retrieval import (
     ANSWER_TOKENS,
     TALK_TOKENS,
@@ -49,16 +49,17 @@ def run_demo(
     num_questions: int = 5,
     table_tokens: int = TABLE_TOKENS,
     html: Path | None = None,
+    pictures: Path | None = None,
     seed: int = 0,
     on_stderr: bool = False,
 ) -> DemoResult:
     """Read at least `num_tokens` tokens, ask, stream the answers, then measure the variants.
 
-    html: also write a page with pictures, for which more questions are asked at shorter lengths. on_stderr: print there
-    instead of on standard output; the bars are always there. Raises RequestError and MemoryLimitError before anything
-    is read.
+    html: also write a page with pictures, for which more questions are asked at shorter lengths. pictures: a directory
+    that gets the same pictures as SVG files; it is made if need be. on_stderr: print there instead of on standard
+    output; the bars are always there. Raises RequestError and MemoryLimitError before anything is read.
     """
-    longest = _longest(llm, num_tokens, num_questions, html)
+    longest = _longest(llm, num_tokens, num_questions, html, pictures)
     console = Console(stderr=on_stderr)
     console.print(f"making a document of {num_tokens:,} tokens from this machine's Python library", highlight=False)
     library = Library(llm.directory)
@@ -73,7 +74,7 @@ def run_demo(
     console.print(f"\nthe same model in three ways, on {len(compared.token_ids):,} tokens", highlight=False)
     table = tuple(_measured(variant, library, compared, console, ask) for variant in variants(llm))
     needles = [_retrieval(long)] if compared is document else [_retrieval(table[-1]), _retrieval(long)]
-    if html is not None:
+    if html is not None or pictures is not None:
         shorter = [length for length in MAP_LENGTHS if length < needles[0].num_tokens]
         needles = [_evaluated(llm, library, length, seed) for length in shorter] + needles
     result = DemoResult(
@@ -87,10 +88,16 @@ def run_demo(
     if html is not None:
         write_page(result, html)
         console.print(f"the page is in {html}", highlight=False, soft_wrap=True)
+    if pictures is not None:
+        try:
+            paths = write_pictures(result, pictures)
+        except OSError as error:
+            raise RequestError(f"cannot write into {pictures}: {error}") from error
+        console.print(f"the pictures are in {paths[0]} and {paths[1]}", highlight=False, soft_wrap=True)
     return result
 
 
-def _longest(llm: LLM, num_tokens: int, num_questions: int, html: Path | None) -> int:
+def _longest(llm: LLM, num_tokens: int, num_questions: int, html: Path | None, pictures: Path | None) -> int:
     """Length of the document to ask for, once everything that can be refused has been."""
     limit = llm.config.max_position_embeddings
     if not MIN_TOKENS <= num_tokens <= limit:
@@ -99,6 +106,8 @@ def _longest(llm: LLM, num_tokens: int, num_questions: int, html: Path | None) -
         raise RequestError(f"the demo asks at least one question, not {num_questions}")
     if html is not None and not html.absolute().parent.is_dir():
         raise RequestError(f"cannot write {html}: there is no directory {html.absolute().parent}")
+    if pictures is not None and pictures.exists() and not pictures.is_dir():
+        raise RequestError(f"cannot write into {pictures}: it is not a directory")
     longest = min(num_tokens + DOCUMENT_SLACK, limit - TALK_TOKENS)
     needed = required_bytes(llm.config, longest + TALK_TOKENS, llm.dtype, with_mtp=False)
     available = runtime.available_memory_bytes(str(llm.device))

@@ -405,14 +405,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @operation
-def index_scores(
-    query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, asked: list[Tensor]
-) -> list[Tensor]:
+def index_scores(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, asked: list[Tensor]) -> list[Tensor]:
     """Differentiable index scores for training: [n, S] per sequence, -inf for future keys.
 
     asked: int64 [n] per sequence, the new tokens whose scores are wanted; a few, because nothing here is sparse. Other
     arguments as index_select.
     """
+    assert len(asked) == layout.num_sequences
     with _full_precision(query):
         query, weights = _scaled_query(query), weights.to(_compute_dtype(query))
         scores = []

@@ -104,13 +104,18 @@ def get(name: str) -> Operation[..., Any]:
     return _operations[name]
 
 
+def names() -> tuple[str, ...]:
+    """All registered operations, sorted."""
+    return tuple(sorted(_operations))
+
+
 @contextmanager
 def use(operation_name: str, twin_name: str) -> Generator[None]:
     """Runs a block with an explicit twin of one operation; KernelError when it cannot take a call."""
     target = get(operation_name)
-    names = [SPECIFICATION, *(twin.name for twin in target.twins)]
-    if twin_name not in names:
-        raise KernelError(f"{operation_name} has no twin '{twin_name}'; choose one of: {', '.join(names)}")
+    choices = [SPECIFICATION, *(twin.name for twin in target.twins)]
+    if twin_name not in choices:
+        raise KernelError(f"{operation_name} has no twin '{twin_name}'; choose one of: {', '.join(choices)}")
     before, target.chosen = target.chosen, twin_name
     try:
         yield

@@ -51,8 +51,8 @@ class ForwardBatch:
 
     token_ids, positions: int64 [T], all sequences flat. layout: where keys lie. cache None means training: the keys
     are the batch's own tokens. attention "dense" ignores the indexer's choice. query_only writes no keys and runs no
-    indexer (later draft steps of MTP). index_queries: int64 [n] per sequence, the new tokens over which the indexer's loss
-    is taken and added to `trace`; None does not train it. index_target: which keys that loss is over.
+    indexer (later draft steps of MTP). index_queries: int64 [n] per sequence, the new tokens over which the
+    indexer's loss is taken and added to `trace`; None does not train it. index_target: which keys that loss is over.
     """
 
     token_ids: Tensor

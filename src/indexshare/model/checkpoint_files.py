@@ -1,7 +1,8 @@
 """What a checkpoint directory holds: its config.json and its tensors, from safetensors and JSON only.
 
-A directory of unknown origin is assumed hostile. Nothing in it is executed, no pickle is opened, and no file outside
-of it is read.
+A directory of unknown origin is assumed hostile. Nothing in it is executed, no pickle is opened, and while a model is
+loaded no file outside of it is read: links that lead out are refused. (The hub's cache keeps a snapshot's files in
+`blobs` beside it; links there are followed.)
 """
 
 import os
@@ -15,6 +16,7 @@ from indexshare.model.safetensors_header import StoredTensor, parse_json_object,
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 MAX_JSON_BYTES = 100_000_000
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
@@ -61,6 +63,17 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
+def check_text_files(directory: Path) -> None:
+    """Check what is read beside config and weights: tokenizer, chat template and generation_config.json, if present.
+
+    Raises:
+        CheckpointError: if one is a link out of the directory, a broken link, or not a regular file.
+    """
+    for name in TEXT_FILES:
+        if os.path.lexists(directory / name):
+            _resolve_inside(directory, name)
+
+
 def _find_sharded(directory: Path) -> dict[str, StoredTensor]:
     index_path = _resolve_inside(directory, INDEX_FILE)
     weight_map = _read_json(index_path).get("weight_map")
@@ -82,7 +95,7 @@ def _find_sharded(directory: Path) -> dict[str, StoredTensor]:
 
 def _resolve_inside(directory: Path, name: str) -> Path:
     """The real path of a plain file of the checkpoint; a symlink may not lead out of it."""
-    if name not in (CONFIG_FILE, INDEX_FILE) and not SHARD_NAME.fullmatch(name):
+    if name not in (CONFIG_FILE, INDEX_FILE, *TEXT_FILES) and not SHARD_NAME.fullmatch(name):
         raise CheckpointError(f"{name[:200]!r} is not the plain name of a .safetensors file inside of {directory}")
     root = Path(os.path.realpath(directory))
     roots = [root]
@@ -92,7 +105,7 @@ def _resolve_inside(directory: Path, name: str) -> Path:
     path = Path(os.path.realpath(root / name))
     if not any(path.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{directory / name} is a link to a file outside of the checkpoint")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{directory / name} is missing or not a regular file")
     return path
 

@@ -276,7 +276,7 @@ def derive_indexer_types(
     if pattern is None:
         return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(num_layers))
     names = {"F": "full", "S": "shared", "full": "full", "shared": "shared"}
-    if unknown := sorted({str(item) for item in pattern if item not in names}):
+    if unknown := sorted({str(item) for item in pattern if not isinstance(item, str) or item not in names}):
         raise ConfigError(f"the index pattern may hold F (full) and S (shared) only, not {', '.join(unknown)}")
     if len(pattern) != num_layers:
         raise ConfigError(f"the index pattern has {len(pattern)} entries for {num_layers} layers")
@@ -284,12 +284,14 @@ def derive_indexer_types(
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     try:
         content = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration at {file}; a model directory holds config.json") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a JSON object, not {type(content).__name__}")
@@ -329,7 +331,8 @@ def _resolve(values: dict[str, object]) -> dict[str, object]:
     resolved["rope_theta"] = _rope_theta(values)
     resolved["dtype"] = values.get("dtype", values.get("torch_dtype", "bfloat16"))
     resolved["quantization"] = _quantization(values.get("quantization_config"))
-    resolved.setdefault("latent_norm_eps", values.get("rms_norm_eps"))
+    if "rms_norm_eps" in values:  # without it the error must name that key, not ours
+        resolved.setdefault("latent_norm_eps", values["rms_norm_eps"])
     eos = values.get("eos_token_id", ())
     resolved["eos_token_id"] = (eos,) if isinstance(eos, int) else eos
     num_layers = _integer(values, "num_hidden_layers")

@@ -166,15 +166,15 @@ class Attention(nn.Module):
         """-> [T, H, V]. Absorbed over selected rows; expanded in training and where many queries attend to all keys."""
         config = self.config
         kv_b = self._kv_b()
-        attends_all = selected.rows is None
-        is_long = batch.cache is None or batch.layout.num_tokens >= EXPANDED_MIN_TOKENS
-        if selected.masks is not None or (attends_all and is_long):
+        rows = selected.rows
+        is_expanded = batch.cache is None or batch.layout.num_tokens >= EXPANDED_MIN_TOKENS
+        if selected.masks is not None or (rows is None and is_expanded):
             return ops.mla_expanded(query_THQ, latents, kv_b, batch.layout, self.scale, selected.masks)
         query_THW = self._absorb(query_THQ)
-        if attends_all:
+        if rows is None:
             attended = ops.mla_dense(query_THW, latents, batch.layout, self.scale, config.kv_lora_rank)
         else:
-            attended = ops.mla_sparse(query_THW, latents, selected.rows, self.scale, config.kv_lora_rank)
+            attended = ops.mla_sparse(query_THW, latents, rows, self.scale, config.kv_lora_rank)
         return torch.einsum("thc,hvc->thv", attended, kv_b[:, config.qk_nope_head_dim :])
 
     def _kv_b(self) -> Tensor:

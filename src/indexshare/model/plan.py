@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from indexshare import runtime
@@ -51,10 +52,11 @@ class FormatPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer to `indexshare plan`."""
+    """The answer to `indexshare plan`. on_disk: the weights are on this machine's disk already."""
 
     model: str
     context: int
+    on_disk: bool
     machine: Machine
     workspace_bytes: int
     formats: tuple[FormatPlan, ...]
@@ -62,10 +64,20 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def this_machine(device: str = "cpu", directory: str = ".") -> Machine:
-    """Free memory of the device and disk of the directory as they are now; speeds as assumed for the kind of device."""
+def this_machine(device: str = "cpu", directory: Path | str = ".") -> Machine:
+    """Free memory of the device and disk of the directory as they are now; speeds as assumed for the kind of device.
+
+    device: cpu, or a name for `runtime.resolve_device`, which is cpu or cuda. directory: for one that is yet to be
+    made, the nearest one above it counts. Raises ConfigError.
+    """
+    if device != "cpu":  # the plan for a CPU needs no torch, which takes seconds to import
+        device = str(runtime.resolve_device(device))
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"no memory figure is known for device {device!r}; plan for cpu or a cuda device")
+    place = Path(directory).absolute()
     num_cpus = runtime.num_usable_cpus()
-    if device.startswith("cuda"):
+    if kind == "cuda":
         description, bandwidth, compute = f"{device}, assumed 1,500 GB/s and 150 TFLOP/s", 1.5e12, 1.5e14
     else:
         bandwidth, compute = min(10e9 * num_cpus, 80e9), 100e9 * num_cpus
@@ -76,21 +88,25 @@ def this_machine(device: str = "cpu", directory: str = ".") -> Machine:
     return Machine(
         description=description,
         memory_bytes=runtime.available_memory_bytes(device),
-        disk_bytes=shutil.disk_usage(directory).free,
+        disk_bytes=shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free,
         bandwidth=bandwidth,
         compute=compute,
     )
 
 
-def make_plan(config: GlmConfig, name: str, context: int, machine: Machine) -> Plan:
-    """Sizes, bounds and a verdict for one sequence of `context` tokens. Raises ConfigError for an impossible length."""
+def make_plan(config: GlmConfig, name: str, context: int, machine: Machine, *, on_disk: bool = False) -> Plan:
+    """Sizes, bounds and a verdict for one sequence of `context` tokens. Raises ConfigError for an impossible length.
+
+    on_disk: the weights need no room on the disk, because they are there.
+    """
     if not 1 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context must be between 1 and {config.max_position_embeddings:,}, not {context:,}")
     workspace = runtime.settings().workspace_bytes
-    formats = tuple(_plan_format(config, each, context, machine, workspace) for each in FORMATS)
+    formats = tuple(_plan_format(config, each, context, machine, workspace, on_disk) for each in FORMATS)
     return Plan(
         model=name,
         context=context,
+        on_disk=on_disk,
         machine=machine,
         workspace_bytes=workspace,
         formats=formats,
@@ -99,7 +115,9 @@ def make_plan(config: GlmConfig, name: str, context: int, machine: Machine) -> P
     )
 
 
-def _plan_format(config: GlmConfig, weight_format: str, context: int, machine: Machine, workspace: int) -> FormatPlan:
+def _plan_format(
+    config: GlmConfig, weight_format: str, context: int, machine: Machine, workspace: int, on_disk: bool
+) -> FormatPlan:
     cached_number_bytes, runs = FORMATS[weight_format]
     weights = weight_bytes(config, weight_format)
     latent, index, mtp = cache_bytes_per_token(config, cached_number_bytes)
@@ -122,7 +140,7 @@ def _plan_format(config: GlmConfig, weight_format: str, context: int, machine: M
         cache_bytes=cache,
         needed_bytes=needed,
         fits_memory=needed <= machine.memory_bytes,
-        fits_disk=weights <= machine.disk_bytes,
+        fits_disk=on_disk or weights <= machine.disk_bytes,
         prefill_seconds=prefill,
         decode_tokens_per_second=1 / seconds_per_token,
     )
@@ -159,7 +177,8 @@ def render(plan: Plan) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    table = Table(title=f"{plan.model} at {plan.context:,} tokens", title_justify="left")
+    title = f"{plan.model} at {plan.context:,} tokens"
+    table = Table(title=title, title_justify="left", pad_edge=False)  # 80 columns hold every size and speed
     table.add_column("format", no_wrap=True)
     for column in ("weights", "cache", "needed", "memory", "disk", "prefill", "decode"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -171,7 +190,7 @@ def render(plan: Plan) -> RenderableType:
             _size(row.cache_bytes),
             _size(row.needed_bytes),
             "fits" if row.fits_memory else "no",
-            "fits" if row.fits_disk else "no",
+            "on disk" if plan.on_disk else "fits" if row.fits_disk else "no",
             _duration(row.prefill_seconds),
             f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.2g}/s",
         )

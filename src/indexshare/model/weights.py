@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from indexshare.errors import CheckpointError, ConfigError
+from indexshare import runtime
+from indexshare.errors import CheckpointError, ConfigError, MemoryLimitError
 from indexshare.model.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, find_tensors, read_config
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
@@ -34,6 +35,7 @@ SCALE_SUFFIX = "_scale_inv"
 ROUTER_BIAS = "e_score_correction_bias"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 INDEXER_NAME = re.compile(r"model\.layers\.(\d{1,6})\.self_attn\.indexer\..+")
+WEIGHTS_NAME = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")  # what `save_model` writes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,19 @@ class LoadReport:
     skipped_indexers: tuple[str, ...] = ()
     skipped_unexpected: tuple[str, ...] = ()
     mtp_absent: bool = False
+
+    def remarks(self) -> list[str]:
+        """One sentence for each thing that a user who did not look into the files should know."""
+        found = []
+        if self.skipped_indexers:
+            found.append(
+                f"not used, because the index pattern makes their layers shared: {_enumerate(self.skipped_indexers)}"
+            )
+        if self.mtp_absent:
+            found.append("the weights lack the MTP layer of config.json: the model is loaded without and cannot draft")
+        if self.skipped_unexpected:
+            found.append(f"not used, without a place in the model: {_enumerate(self.skipped_unexpected)}")
+        return found
 
 
 def load_model(
@@ -95,13 +110,14 @@ def load_checkpoint(
             `e_score_correction_bias` is float32 always.
         device: where the parameters are allocated.
         index_pattern, latent_norm_eps: see `GlmConfig.from_json`.
-        strict: unknown keys of config.json and unexpected tensors are errors; else a warning and an entry in the
-            report. Missing tensors, wrong shapes and wrong dtypes are errors always.
+        strict: unknown keys of config.json and unexpected tensors are errors; else a warning (keys) and an entry in
+            the report (tensors). Missing tensors, wrong shapes and wrong dtypes are errors always.
 
     Raises:
         CheckpointError: for everything wrong with the files. Nothing has been allocated then, except where a file
             shrinks while it is read.
         ConfigError: for a configuration that describes no model.
+        MemoryLimitError: for weights that do not fit the device; nothing has been allocated then.
     """
     if dtype not in PLAIN_DTYPES:
         raise CheckpointError(f"weights are loaded as bfloat16, float16 or float32, not {dtype}")
@@ -141,6 +157,7 @@ def load_checkpoint(
             "config.json may not belong to these weights (strict=False skips them)"
         )
 
+    _check_memory(shapes, dtype, torch.device(device))
     state = _allocate(shapes, dtype, torch.device(device))
     widened = _fill(dict(_views(state, stored)), stored)
     model.load_state_dict(state, assign=True)
@@ -236,14 +253,32 @@ def _unused_indexers(stored: Mapping[str, StoredTensor], config: GlmConfig) -> t
     )
 
 
+def _target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(ROUTER_BIAS) else dtype
+
+
+def _check_memory(shapes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that do not fit, where the free memory is known; tied names count once."""
+    if device.type not in ("cpu", "cuda"):
+        return
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as used
+    sizes = {id(tensor): tensor.numel() * _target_dtype(name, dtype).itemsize for name, tensor in shapes.items()}
+    needed, available = sum(sizes.values()), runtime.available_memory_bytes(str(device))
+    if needed > available:
+        raise MemoryLimitError(
+            f"the weights need {needed:,} bytes as {str(dtype).removeprefix('torch.')}, but only {available:,} bytes "
+            f"are available on {device}: see `indexshare plan` for what fits"
+        )
+
+
 def _allocate(shapes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised tensors for a state; tied names share one parameter."""
     made: dict[int, Tensor] = {}
     for name, tensor in shapes.items():
         if id(tensor) in made:
             continue
-        target_dtype = torch.float32 if name.endswith(ROUTER_BIAS) else dtype
-        data = torch.empty(tensor.shape, dtype=target_dtype, device=device)
+        data = torch.empty(tensor.shape, dtype=_target_dtype(name, dtype), device=device)
         is_parameter = isinstance(tensor, nn.Parameter)
         made[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
     return {name: made[id(tensor)] for name, tensor in shapes.items()}
@@ -278,7 +313,7 @@ def save_model(
     Tensors keep their dtypes and get the names of the released checkpoints, one tensor for each expert. Above
     `max_shard_bytes` the tensors are split into shards with an index. Files are written beside their place, flushed to
     the disk and renamed; an interrupted save leaves the old checkpoint, the new one, or a directory that `load_model`
-    refuses. Other files in the directory stay.
+    refuses. Weights of an earlier save are removed; other files in the directory stay.
 
     Raises:
         CheckpointError: if the directory cannot be written.
@@ -339,9 +374,9 @@ def _publish(staging: Path, directory: Path) -> None:
     for name in new:
         if name != CONFIG_FILE:
             os.replace(staging / name, directory / name)
-    for stale in directory.glob("model*.safetensors"):
-        if stale.name not in new:
-            stale.unlink()
+    for path in directory.iterdir():
+        if WEIGHTS_NAME.fullmatch(path.name) and path.name not in new:
+            path.unlink()
     os.replace(staging / CONFIG_FILE, directory / CONFIG_FILE)
     _flush(directory)
 

@@ -33,7 +33,7 @@ from indexshare.train.checkpoint import (
     remove_incomplete,
     save_checkpoint,
 )
-from indexshare.train.monitor import Monitor, StopSignals, keep_log_until
+from indexshare.train.monitor import Monitor, StopSignals, keep_log_until, last_logged_loss
 from indexshare.train.optim import (
     build_optimizers,
     learning_rate_ratio,
@@ -127,7 +127,10 @@ class Losses(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. `step` counts completed steps; `lm_loss` is the last one, NaN when no step was needed."""
+    """How a run ended. `step` counts completed steps.
+
+    `lm_loss` is that of the last step; when this call took none, the last one in the log, or NaN for an empty log.
+    """
 
     stopped: StopReason
     step: int
@@ -212,7 +215,7 @@ def train(
     state = _resume_or_start(run, resume, accept_recipe_change)
     started = time.monotonic()
     seconds_before = state.seconds
-    lm_loss = math.nan
+    lm_loss = last_logged_loss(run.log)
     try:
         with StopSignals() as signals, Monitor(run.log, recipe.num_steps, state.step, progress) as monitor:
             while (stopped := _stop_reason(run, state, signals, started, max_steps, max_minutes)) is None:
@@ -252,7 +255,8 @@ def _resume_or_start(run: _Run, resume: bool, accept_recipe_change: bool) -> _St
     if changed and not accept_recipe_change:
         raise ConfigError(
             f"{run.output} was started with another recipe; changed: {', '.join(changed)}."
-            " Name another output directory, or accept the change (the run is then no longer reproducible)."
+            " Name another output directory, or accept the change with --accept-recipe-change"
+            " (the run is then no longer reproducible)."
         )
     document = load_checkpoint(found[-1], run.model, run.optimizers)
     keep_log_until(run.log, document["step"])
@@ -376,5 +380,6 @@ def _failure(what: str, run: _Run, state: _State) -> TrainingError:
     last = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
     return TrainingError(
         f"Training stopped at step {state.step + 1}: {what}. {last} Look at the batch of this step,"
-        " or lower the learning rates and run again with the recipe change accepted: that resumes from the checkpoint."
+        " or lower the learning rates of the recipe and run again with --accept-recipe-change: that resumes from the"
+        " checkpoint."
     )

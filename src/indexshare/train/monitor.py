@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -71,6 +72,10 @@ class Monitor:
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step, status="")
 
     def __enter__(self) -> Monitor:
+        if self._progress and self._first_step >= self._num_steps:
+            sys.stderr.write(
+                f"this run finished at step {self._first_step:,}; name another output directory to train again\n"
+            )
         self._bar.start()
         return self
 
@@ -92,6 +97,12 @@ class Monitor:
             remaining = (now - self._started) / (step - self._first_step) * (self._num_steps - step)
             place = f"{record['phase']} step {step}/{self._num_steps}"
             sys.stderr.write(f"{place}  {status}  {remaining / 60:.0f} min left\n")
+
+
+def last_logged_loss(path: Path) -> float:
+    """The language-model loss in the last line of a log; NaN when there is no line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1])["lm"] if lines else math.nan
 
 
 def keep_log_until(path: Path, step: int) -> None:

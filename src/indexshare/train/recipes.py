@@ -4,13 +4,14 @@ indexshare train nano --output runs/nano        trains the shipped model (`make 
 indexshare train tiny --output runs/tiny        the same path in a minute, for a look at how it works
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from indexshare.errors import ConfigError
+from indexshare.errors import ConfigError, TrainingError
 from indexshare.model import recipes as model_recipes
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.train.data import Batch, Mixture, PackedBatches, prepare
@@ -196,6 +197,7 @@ def run(
     *,
     tokenizer_directory: Path | None = None,
     resume: bool = True,
+    accept_recipe_change: bool = False,
     max_minutes: float | None = None,
     progress: bool = True,
     device: str = "cpu",
@@ -203,7 +205,10 @@ def run(
     """Prepares the data below output_directory/data once, trains or resumes, writes output_directory/model.
 
     A run that was stopped early leaves the model as it is then. Returns the model (BF16) and how the run ended.
+    accept_recipe_change: go on from a checkpoint although the recipe has changed since the run was started.
+    Raises TrainingError, before anything else is done, when output_directory cannot be written to; more as in `train`.
     """
+    _make_writable(output_directory)
     data_directory = output_directory / "data"
     if not (data_directory / "held_out.json").is_file():
         prepare(data_directory, tokenizer_directory=tokenizer_directory)
@@ -219,8 +224,19 @@ def run(
         batches=phase_batches(recipe, data_directory),
         step_loss=phase_loss(recipe),
         resume=resume,
+        accept_recipe_change=accept_recipe_change,
         max_minutes=max_minutes,
         progress=progress,
     )
     export_model(model, data_directory, output_directory / "model")
     return model, result
+
+
+def _make_writable(directory: Path) -> None:
+    """Create a directory and try to write there. Raises TrainingError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise TrainingError(f"cannot write to {directory}: {error.strerror}. Name another output directory.") from error

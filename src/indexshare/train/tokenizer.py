@@ -63,9 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer and PreTrainedTokenizerFast load
-    them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    them. Raises TrainingError when they cannot be written."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MAX_POSITIONS,
@@ -76,7 +74,13 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # not `tokenizer.save`, which raises a bare Exception when it cannot write
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"cannot write to {directory}: {error.strerror}. Name another directory.") from error
 
 
 class TextEncoder:

@@ -1,0 +1,105 @@
+"""Options that several commands share, as cyclopts reads them, and loading a model with them.
+
+The docstring under a field is its text in `--help`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from indexshare.errors import IndexShareError
+
+if TYPE_CHECKING:
+    from indexshare.engine.llm import LLM
+
+Model = Annotated[str, Parameter(help="A directory, nano, or a hub id.")]
+ModelOrRecipe = Annotated[str, Parameter(help="A directory, a hub id, or a recipe: nano, tiny, mid, glm-5.2.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for a program to read.")]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class CheckFailedError(IndexShareError):
+    """`--check` found a model or an operation that is not to be used."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How to load a model."""
+
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "bfloat16"
+    """Precision of weights and cache."""
+    index_pattern: str | None = None
+    """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
+    strict: bool = True
+    """Refuse unknown keys in config.json; --no-strict warns instead."""
+    threads: int | None = None
+    """CPU threads; by default all that this process may use."""
+    check: Annotated[bool, Parameter(negative="")] = False
+    """First check every operation as indexshare doctor does; when one fails, name it and stop with exit code 1."""
+
+    def load(self, model: str) -> LLM:
+        """The loaded model; with `check`, only after the doctor. Raises CheckFailedError, and as `engine.llm.load`."""
+        from indexshare.engine.llm import load
+
+        arguments = dict(vars(self))
+        if arguments.pop("check"):
+            self._check(model)
+        return load(model, **arguments)
+
+    def _check(self, model: str) -> None:
+        from indexshare import runtime
+        from indexshare.engine.resolve import resolve_model
+        from indexshare.eval.doctor import UnhealthyError, require_healthy
+
+        runtime.set_threads(self.threads)
+        try:
+            require_healthy(
+                resolve_model(model),
+                device=self.device,
+                dtype=self.dtype,
+                index_pattern=self.index_pattern,
+                strict=self.strict,
+            )
+        except UnhealthyError as error:
+            raise CheckFailedError(str(error)) from error
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to draw tokens. What is not given is greedy, or in a chat what the model's generation_config.json says."""
+
+    max_new_tokens: int | None = None
+    """Stop after this many tokens; by default 64, in a chat 1,024."""
+    temperature: float | None = None
+    """0 takes the most probable token; the released GLM-5.2 is made for 1.0."""
+    top_p: float | None = None
+    """Draw from the most probable tokens with this share of the probability."""
+    top_k: int | None = None
+    """Draw from this many most probable tokens; 0 is all."""
+    min_p: float | None = None
+    """Leave out tokens less probable than this share of the most probable one."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens of the prompt and the output less likely to come again."""
+    presence_penalty: float | None = None
+    """Subtracted from the logit of a token that is in the output; -2 to 2."""
+    frequency_penalty: float | None = None
+    """Subtracted from the logit of a token for each time it is in the output; -2 to 2."""
+    seed: int | None = None
+    """Seed of the draws; 0 by default, so that the same command gives the same text."""
+    stop: Annotated[tuple[str, ...] | None, Parameter(negative="")] = None
+    """A text that ends the output; may be repeated."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as keyword arguments of `LLM.generate` and `LLM.chat`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+DEFAULT_LOAD = LoadOptions()
+DEFAULT_SAMPLING = SamplingOptions()
