@@ -128,6 +128,8 @@ def test_kernels_lists_the_operations(capsys: pytest.CaptureFixture[str]) -> Non
     ("arguments", "message"),
     [
         (("inspect", "no-such-model"), "error: no model at 'no-such-model'"),
+        (("doctor", "tiny"), "error: tiny is a recipe without weights"),
+        (("generate", "nano"), "error: give the text as --prompt TEXT or as --prompt-file FILE, one of them"),
         (("plan", "tiny", "--context", "0"), "error: context must be between 1 and 1,048,576"),
         (("generate", "nano"), "error: give the text as --prompt TEXT or as --prompt-file FILE"),
         (("plan", "tiny", "--device", "bogus"), "error: device 'bogus' cannot be used here"),

@@ -70,7 +70,8 @@ def generate(
         logprobs: With --json, the log-probability of each token and of this many most probable ones, 0 to 20.
     """
     if (prompt is None) == (prompt_file is None):
-        raise RequestError("give the text as --prompt TEXT or as --prompt-file FILE, not both")
+        number = "one of them" if prompt is None else "only one of them"
+        raise RequestError(f"give the text as --prompt TEXT or as --prompt-file FILE, {number}")
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs is part of the JSON answer: add --json")
     from indexshare.terminal import print_json, progress_bar, read_text, write_stream

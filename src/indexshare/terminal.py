@@ -174,8 +174,11 @@ class Conversation:
             case "/effort" if argument in EFFORTS:
                 self.effort = argument
                 self._say(f"effort: {argument}")
-            case _:
+            case "/help" | "/?":
                 self._say(HELP)
+            case _:
+                given = f"{name} {argument}".strip()
+                self._say(f"{given} is not understood: {HELP}")
 
     def _reply(self, text: str) -> None:
         """Ask and stream the answer. A reply that failed or was stopped leaves the conversation as it was before."""

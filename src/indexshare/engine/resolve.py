@@ -61,6 +61,10 @@ def packaged_model() -> Path:
 
 def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     match = HUB_ID.fullmatch(name)
+    if match is None and name in RECIPES:
+        raise ConfigError(
+            f"{name} is a recipe without weights: `indexshare inspect` and `plan` take it, other commands not"
+        )
     if match is None:
         raise ConfigError(f"no model at {name!r}: give a directory, {PACKAGED!r}, or a hub id such as zai-org/GLM-5.2")
     from huggingface_hub import snapshot_download
