@@ -1,7 +1,7 @@
 # Everything a checkout can do. Each target sets up what it needs: Python >= 3.11 and make are enough.
 #
 #     make demo        the main job on the shipped model       make test        lint, types, levels, tests
-#     make nano        train the shipped model again           make test-slow   the tests marked slow
+#     make nano        train the shipped model again           make test-slow   the slow tests; 1,000 examples of each property
 #     make lint        only the checks                         make clean       remove what these made
 #
 # PYTHON=python3.12 picks the interpreter, WORKERS=4 the test processes, DEMO_ARGUMENTS="--tokens 16384" what `make demo` passes on.
@@ -35,7 +35,7 @@ test: lint
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS)
 
 test-slow: $(DEVELOPMENT)
-	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) -m slow --hypothesis-profile explore
+	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) -m 'slow or hypothesis' --hypothesis-profile explore
 
 lint: $(DEVELOPMENT)
 	@echo "== lint, format, types, levels"
