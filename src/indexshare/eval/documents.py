@@ -22,7 +22,7 @@ from indexshare.train.episodes import Fact, SourceFile, answer, build_document, 
 from indexshare.train.tokenizer import TextEncoder
 
 MIN_FILES = 48  # a short document opens with four of them, drawn at random
-MAX_CUT = 8
+MAX_CUT = 8  # tokens that the end of a document may lose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Library:
         token_ids, spans = build_document(rng, files, facts, num_tokens, self._encoder.encode)
         # Where the text breaks off inside a table, its last token may join with the question: end a token earlier.
         last_fact = max(end for _, end in spans)
-        for cut in range(len(token_ids), max(last_fact, len(token_ids) - MAX_CUT), -1):
+        for cut in range(len(token_ids), max(last_fact, len(token_ids) - MAX_CUT) - 1, -1):
             text = self._encoder.decode(token_ids[:cut].tolist())
             messages = Document(text=text, token_ids=(), needles=()).messages(facts[0])
             prompt = encode_chat(self.tokenizer, self.template, messages, enable_thinking=False)

@@ -217,7 +217,7 @@ def _selected_tiles(
     query: Tensor, latents: Tensor, selection: Tensor, scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For a few queries at a time: where they are, their rows [t, K], the latents there [t, K, W] and the attention
-    probabilities [t, H, K]. The gathered latents are overwritten by the next tile."""
+    probabilities [t, H, K]. The caller may overwrite the latents: each tile gathers its own."""
     num_tokens, num_heads, width = query.shape
     wide = _compute_dtype(query)
     per_token = 4 * selection.shape[1] * (2 * width + 2 * num_heads)

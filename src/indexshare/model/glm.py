@@ -15,7 +15,7 @@ from indexshare.model.config import GlmConfig
 
 INDEX_KEY_NORM_EPS = 1e-6
 EXPANDED_MIN_TOKENS = 64
-MASKED_MAX_CONTEXT = 4096  # in training, a mask over so few keys is faster than gathering rows
+MASKED_MAX_CONTEXT = 4096  # in training: up to about here a mask is faster than gathering (docs/experiments.md)
 
 
 class RopeTable:

@@ -1,7 +1,7 @@
 """A structured start for small models: positional heads, an induction circuit and indexers that see the neighbourhood.
 
-A model that sees ten million tokens does not find by gradient descent that a head may look three tokens back and that
-another may search for what followed the last three tokens; large models find it after billions. Initial weights that
+A model that saw two million tokens had not found by gradient descent that a head may look some tokens back and that
+another may search for what followed (docs/experiments.md). Initial weights that
 already have such structure ("mimetic initialisation", Trockman and Kolter, arXiv 2305.09828; induction heads, Olsson
 et al., arXiv 2209.11895) leave the rest to training: no parameter is frozen or special afterwards.
 

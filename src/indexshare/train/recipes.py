@@ -6,6 +6,7 @@ indexshare train tiny --output runs/tiny        the same path in a minute, for a
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,19 @@ def nano() -> TrainRecipe:
     model goes on (the warm-up of DSA); then everything with the keys that the indexers choose, on long documents. There
     the indexers' loss is over all visible keys: over the selected ones alone they would not learn what they miss.
     """
-    long_rows: dict[str, int | float | str] = {"code": 0.25, "retrieval": 0.6, "repeats": 0.03}
+    sparse = Phase(
+        name="sparse",
+        num_steps=200,
+        attention="sparse",
+        index_loss_weight=1.0,
+        mtp_loss_weight=0.1,
+        sequence_length=16_384,
+        batch_size=1,
+        index_stride=64,
+        index_target="visible",
+        learning_rate_scale=2.0,
+        data={"code": 0.25, "retrieval": 0.6, "repeats": 0.03},
+    )
     return TrainRecipe(
         name="nano",
         model=model_recipes.nano(),
@@ -43,31 +56,9 @@ def nano() -> TrainRecipe:
                 sequence_length=1024,
                 batch_size=4,
             ),
-            Phase(
-                name="sparse",
-                num_steps=200,
-                attention="sparse",
-                index_loss_weight=1.0,
-                mtp_loss_weight=0.1,
-                sequence_length=16_384,
-                batch_size=1,
-                index_stride=64,
-                index_target="visible",
-                learning_rate_scale=2.0,
-                data=long_rows,
-            ),
-            Phase(
-                name="longer",
-                num_steps=40,
-                attention="sparse",
-                index_loss_weight=1.0,
-                mtp_loss_weight=0.1,
-                sequence_length=32_768,
-                batch_size=1,
-                index_stride=128,
-                index_target="visible",
-                learning_rate_scale=4.0,
-                data=long_rows,
+            sparse,
+            replace(
+                sparse, name="longer", num_steps=40, sequence_length=32_768, index_stride=128, learning_rate_scale=4.0
             ),
         ),
         seed=2026,
