@@ -1,11 +1,13 @@
 """What every test starts from: one thread, poisoned uninitialised memory, a fixed seed, no deadlines."""
 
 import os
+from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start. The variable for cuBLAS is what torch
 # asks for in its deterministic mode.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("INDEXSHARE_THREADS", "1")
+os.environ.setdefault("INDEXSHARE_CACHE", str(Path(__file__).parents[1] / ".kernels_cache"))  # built once, not in $HOME
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

@@ -207,13 +207,15 @@ def kernels(*, device: str | None = None, as_json: AsJson = False) -> None:
     Args:
         device: A device of this machine such as cpu or cuda; by default all kinds that it has.
     """
-    import indexshare.kernels.ops  # noqa: F401  (registers the operations)
+    from indexshare.kernels import native
     from indexshare.kernels.registry import describe
     from indexshare.runtime import resolve_device
     from indexshare.terminal import show, table
 
     kinds = (resolve_device(name).type for name in ((device,) if device else ("cpu", "auto")))
     devices = tuple(dict.fromkeys(kinds))
+    if "cpu" in devices:
+        native.enable()
     choices = describe(devices)
     rows = [(choice.operation, choice.device, choice.twin, choice.reason) for choice in choices]
     show(choices, table(("operation", "device", "runs", "because"), rows), as_json)

@@ -5,6 +5,8 @@
 | `INDEXSHARE_THREADS` | CPU threads for tensor work | the CPUs this process may use |
 | `INDEXSHARE_WORKSPACE_MIB` | budget for temporary buffers of one operation, in MiB | 256 |
 | `INDEXSHARE_DEVICE` | what `device="auto"` means | cuda when there is one, else cpu |
+| `INDEXSHARE_ISA` | instruction set of the C++ kernels: avx512, avx2, scalar | the best of this processor |
+| `INDEXSHARE_CACHE` | directory for compiled kernels | indexshare in `XDG_CACHE_HOME` or ~/.cache |
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Settings:
     threads: int | None = None
     workspace_mib: int = 256
     device: str = "auto"
+    isa: str | None = None
+    cache: Path | None = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -53,6 +57,8 @@ def settings() -> Settings:
         threads=_positive_integer(given, "threads", None),
         workspace_mib=_positive_integer(given, "workspace_mib", None) or Settings().workspace_mib,
         device=given.get("device", "auto"),
+        isa=given.get("isa"),
+        cache=Path(given["cache"]) if "cache" in given else None,
     )
 
 

@@ -1,8 +1,23 @@
-"""Tiles so small that every operation cuts even a small test into many."""
+"""Tiles so small that every operation cuts even a small test into many; each twin that this processor can run."""
+
+from collections.abc import Iterator
 
 import pytest
 
-from indexshare.kernels import ops
+from indexshare.kernels import native, ops, registry
+
+TWINS = ("index_select", "mla_sparse")
+INSTRUCTION_SETS = [name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()]
+
+
+@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
+def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test with the specification, and with the C++ twins of each instruction set alone."""
+    for name in TWINS:
+        monkeypatch.setattr(registry.get(name), "twins", [])
+    if request.param != "torch":
+        native.register(request.param)
+    yield request.param
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from indexshare.kernels import ops
 from indexshare.kernels.layout import KeyLayout
 
 NUM_HEADS, DIM = 3, 16
+TWINS = pytest.mark.usefixtures("twin")  # the specification and each C++ twin
 
 
 def whole_numbers(*shape: int, low: int = -3, high: int = 4) -> Tensor:
@@ -55,6 +56,7 @@ def whole_number_keys(num_new: list[int], num_past: list[int], page_size: int = 
     return paged
 
 
+@TWINS
 @pytest.mark.parametrize("num_past", [0, 1, 7, 8, 9, 40])
 @pytest.mark.parametrize("num_new", [1, 9])
 @pytest.mark.usefixtures("small_tiles")
@@ -63,6 +65,7 @@ def test_lengths_around_top_k(num_new: int, num_past: int) -> None:
     check(paged, whole_numbers(num_new, NUM_HEADS, DIM), whole_numbers(num_new, NUM_HEADS), topk=8)
 
 
+@TWINS
 @pytest.mark.parametrize("topk", [1, 2, 8, 64])
 @pytest.mark.parametrize("tiles", ["small", "large"])
 def test_sequences_of_different_lengths(topk: int, tiles: str, request: pytest.FixtureRequest) -> None:
@@ -72,6 +75,7 @@ def test_sequences_of_different_lengths(topk: int, tiles: str, request: pytest.F
     check(paged, whole_numbers(39, NUM_HEADS, DIM), whole_numbers(39, NUM_HEADS), topk)
 
 
+@TWINS
 def test_training_layout_has_the_batch_as_pool() -> None:
     layout = KeyLayout.packed((0, 12, 15))
     keys = whole_numbers(15, DIM)
@@ -79,16 +83,19 @@ def test_training_layout_has_the_batch_as_pool() -> None:
     check(paged, whole_numbers(15, NUM_HEADS, DIM), whole_numbers(15, NUM_HEADS), topk=4)
 
 
+@TWINS
 def test_equal_scores_go_to_the_first_positions() -> None:
     paged = whole_number_keys([2], [50])
     check(paged, torch.zeros(2, NUM_HEADS, DIM), torch.ones(2, NUM_HEADS), topk=8)
 
 
+@TWINS
 def test_negative_weights_prefer_keys_that_the_relu_closes() -> None:
     paged = whole_number_keys([4], [50])
     check(paged, whole_numbers(4, NUM_HEADS, DIM), -torch.ones(4, NUM_HEADS), topk=8)
 
 
+@TWINS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     paged = whole_number_keys([3], [40])
@@ -96,6 +103,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     check(paged, whole_numbers(3, NUM_HEADS, DIM).to(dtype), whole_numbers(3, NUM_HEADS), topk=8)
 
 
+@TWINS
 def test_scores_are_fp32_inside_autocast() -> None:
     """Differences that bfloat16 cannot hold decide."""
     paged = paged_keys([1], [99], DIM)
@@ -140,6 +148,7 @@ def test_nan_is_refused(length: int, where: str, num_rows: int) -> None:
         ops.top_positions(scores, 8)
 
 
+@TWINS
 @pytest.mark.parametrize("num_past", [30, 600])
 def test_nan_in_a_visible_key_is_refused(num_past: int) -> None:
     paged = paged_keys([1], [num_past], DIM)
@@ -148,6 +157,7 @@ def test_nan_in_a_visible_key_is_refused(num_past: int) -> None:
         ops.index_select(torch.randn(1, NUM_HEADS, DIM), torch.randn(1, NUM_HEADS), paged.pool, paged.layout, 8)
 
 
+@TWINS
 def test_a_pool_beyond_int32_is_refused() -> None:
     """Rows are handed on as int32. The pool is one row repeated with stride 0, so that the test needs no memory."""
     layout = KeyLayout.packed((0, 4))
@@ -156,6 +166,7 @@ def test_a_pool_beyond_int32_is_refused() -> None:
         ops.index_select(torch.randn(4, NUM_HEADS, DIM), torch.randn(4, NUM_HEADS), pool, layout, 2)
 
 
+@TWINS
 def test_the_last_row_that_int32_can_address() -> None:
     page = 2**31 // 64 - 1
     layout = KeyLayout(sequence_starts=(0, 2), context_lengths=(64,), page_table=torch.tensor([[page]]), page_size=64)

@@ -32,6 +32,7 @@ from indexshare.engine.sampler import SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
 from indexshare.errors import CheckpointError, RequestError
+from indexshare.kernels import native
 from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
@@ -78,6 +79,8 @@ def load(
     """
     runtime.set_threads(threads)
     torch_device = runtime.resolve_device(device)
+    if torch_device.type == "cpu":
+        native.enable()
     torch_dtype = runtime.resolve_dtype(dtype)
     directory = resolve_model(model)
     check_text_files(directory)

@@ -120,8 +120,7 @@ def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout
     all are taken, unscored. NaN scores and a pool of more than 2^31 rows raise KernelError.
     """
     assert topk > 0
-    if keys.shape[0] > MAX_POOL_ROWS:
-        raise KernelError(f"index_select: a pool of {keys.shape[0]:,} rows; a selection can address {MAX_POOL_ROWS:,}")
+    check_pool(keys)
     width = min(topk, layout.max_context)
     selection = torch.full((query.shape[0], width), -1, dtype=torch.int32, device=query.device)
     query, weights = _scaled_query(query), weights.to(_compute_dtype(query))
@@ -145,6 +144,12 @@ def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout
             selection[first + begin : first + begin + size, : positions.shape[1]] = chosen
             begin += size
     return selection
+
+
+def check_pool(keys: Tensor) -> None:
+    """Raises KernelError for a pool of more rows than a selection can address."""
+    if keys.shape[0] > MAX_POOL_ROWS:
+        raise KernelError(f"index_select: a pool of {keys.shape[0]:,} rows; a selection can address {MAX_POOL_ROWS:,}")
 
 
 def _query_tile(context: int, num_heads: int, remaining: int) -> int:

@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 SPECIFICATION = "torch"
 hits: Counter[tuple[str, str]] = Counter()
 seconds: defaultdict[str, float] = defaultdict(float)
+_explanations: dict[str, str] = {}
 _operations: dict[str, "Operation[..., Any]"] = {}
 _watchers: list[Callable[["Call"], Any]] = []
 _timing_depth = 0
@@ -89,6 +90,11 @@ def register(operation_name: str, twin: Twin) -> None:
     if twin.name == SPECIFICATION or any(known.name == twin.name for known in target.twins):
         raise KernelError(f"{operation_name}: a twin named '{twin.name}' exists already")
     target.twins.insert(0, twin)
+
+
+def explain(device: str, reason: str) -> None:
+    """Says why a device has no faster twins; `describe` repeats it."""
+    _explanations[device] = reason
 
 
 def unregister(operation_name: str, twin_name: str) -> None:
@@ -187,6 +193,7 @@ def describe(devices: tuple[str, ...]) -> list[Choice]:
             elif first is not None:
                 twin, reason = first.name, "fastest twin for this device"
             else:
-                twin, reason = SPECIFICATION, "the specification; no faster twin is built for this device"
+                why = _explanations.get(device, "no faster twin is built for this device")
+                twin, reason = SPECIFICATION, f"the specification; {why}"
             lines.append(Choice(operation=name, device=device, twin=twin, reason=reason))
     return lines

@@ -1,0 +1,254 @@
+"""The C++ twins: compiled on this machine at first use, kept in the user's cache, registered beside the specifications.
+
+    cpp/vectors.h  index_select.h  mla_sparse.h     the arithmetic, one source for every instruction set
+    cpp/native.cpp                                  torch operators (LibTorch Stable ABI), split over torch's threads
+
+`enable()` does all of it once per process. Without a compiler, or when the build fails, the specifications run, one
+warning says why, and so does `indexshare kernels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from indexshare import runtime
+from indexshare.errors import ConfigError, KernelError
+from indexshare.kernels import ops, registry
+from indexshare.kernels.layout import KeyLayout
+
+NAME = "c++"
+SOURCES = Path(__file__).parent / "cpp"
+BUILD_SECONDS = 120
+LOCK_SECONDS = 180
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
+# The stable ABI of torch 2.10: a library built today runs with later versions.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")
+# Best first: what the processor must have, and the compiler's flags for it.
+INSTRUCTION_SETS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
+    "avx512": (
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-mavx2", "-mfma"),
+    ),
+    "avx2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    "scalar": (frozenset(), ()),
+}
+
+
+@functools.cache
+def enable() -> str | None:
+    """Builds or finds the library and registers its twins; once per process. Returns why not, or None when they run."""
+    try:
+        register(instruction_set())
+    except KernelError as error:
+        registry.explain("cpu", str(error))
+        warnings.warn(f"the C++ kernels are not used: {error}", stacklevel=2)
+        return str(error)
+    return None
+
+
+def register(isa: str) -> None:
+    """Adds the twins of one instruction set. Raises KernelError when they cannot be built or loaded."""
+    operators = load(isa)
+    name = NAME if isa == instruction_set() else f"{NAME} {isa}"
+    registry.register("index_select", _index_select_twin(name, operators))
+    registry.register("mla_sparse", _mla_sparse_twin(name, operators))
+
+
+def instruction_set() -> str:
+    """`INDEXSHARE_ISA`, or the best this processor has. Raises ConfigError for one that it lacks."""
+    asked = runtime.settings().isa
+    flags = _processor_flags()
+    runs = [name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= flags]
+    if asked is None:
+        return runs[0]
+    if asked not in runs:
+        raise ConfigError(f"INDEXSHARE_ISA={asked} does not run on this processor; it can run: {', '.join(runs)}")
+    return asked
+
+
+@functools.cache
+def _processor_flags() -> frozenset[str]:
+    information = Path("/proc/cpuinfo")
+    if platform.machine().lower() not in ("x86_64", "amd64") or not information.exists():
+        return frozenset()  # "scalar" is what the compiler makes of it: NEON on ARM
+    line = next((line for line in information.read_text().splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+# ---------------------------------------------------------------------------------------------------------------- build
+
+
+@functools.cache
+def load(isa: str) -> Any:
+    """The torch operators of an instruction set, built first if need be. Raises KernelError."""
+    library = build(isa)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise KernelError(f"{library} was built but cannot be loaded: {error}") from None
+    return getattr(torch.ops, f"indexshare_{isa}")
+
+
+def build(isa: str) -> Path:
+    """The path of the library for an instruction set: from the cache, or compiled into it under a lock.
+
+    Raises KernelError when there is no compiler, when it fails, or when others could write to the cache.
+    """
+    compiler = _compiler()
+    directory = _cache_directory()
+    key = hashlib.sha256()
+    for part in (isa, torch.__version__, platform.machine(), _version(compiler), *FLAGS, *INSTRUCTION_SETS[isa][1]):
+        key.update(part.encode() + b"\0")
+    for source in sorted(SOURCES.iterdir()):
+        key.update(source.name.encode() + b"\0" + source.read_bytes())
+    library = directory / f"kernels-{isa}-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    with FileLock(directory / f"{library.stem}.lock", timeout=LOCK_SECONDS):
+        if not library.exists():
+            _compile(compiler, isa, library)
+    return library
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise KernelError(f"there is no C++ compiler ({asked or 'c++, g++ or clang++'}); install one, or set CXX")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(f"{compiler} --version failed: {error}") from None
+
+
+def _cache_directory() -> Path:
+    """Made for this user alone. A library in it is executed, so a directory that others can write to is refused."""
+    wanted = runtime.settings().cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "indexshare")
+    try:
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+        usable = os.access(wanted, os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        return _temporary_directory()
+    status = wanted.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise KernelError(f"{wanted} can be written by other users; run `chmod go-w {wanted}` or set INDEXSHARE_CACHE")
+    return wanted
+
+
+@functools.cache
+def _temporary_directory() -> Path:
+    """For this process only, where the cache cannot be written."""
+    import atexit
+
+    directory = tempfile.mkdtemp(prefix="indexshare-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
+
+
+def _compile(compiler: str, isa: str, library: Path) -> None:
+    root = Path(torch.__file__).parent
+    partial = library.with_suffix(f".{os.getpid()}.partial")
+    command = [compiler, *FLAGS, *INSTRUCTION_SETS[isa][1], TARGET, f"-DINDEXSHARE_OPERATORS=indexshare_{isa}"]
+    command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", str(SOURCES / "native.cpp")]
+    command += ["-o", str(partial), f"-L{root / 'lib'}", *LIBRARIES]
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {done.returncode}'}")
+        os.replace(partial, library)
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{compiler} took more than {BUILD_SECONDS} seconds") from None
+    except OSError as error:
+        raise KernelError(f"the kernels could not be built in {library.parent}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"compiled the {isa} kernels in {time.perf_counter() - begin:.0f} s, kept in {library.parent}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------- twins
+
+_FLOATS = (torch.bfloat16, torch.float32)
+
+
+def _refusal(*tensors: Tensor) -> str | None:
+    """What all twins need: BF16 or fp32 on a CPU, and no gradients."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device.type}"
+        if tensor.dtype not in _FLOATS:
+            return f"a tensor is {tensor.dtype}; the C++ kernels read bfloat16 and float32"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "gradients are wanted"
+        if not tensor.is_contiguous():
+            return "a tensor is not contiguous"
+    return None
+
+
+def _index_select_twin(name: str, operators: Any) -> registry.Twin:
+    no_pages = torch.empty(0, dtype=torch.int64)
+
+    def supports(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, topk: int) -> str | None:
+        if weights.dtype != torch.float32:
+            return f"the head weights are {weights.dtype}, not float32"
+        return _refusal(query, weights, keys)
+
+    def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, topk: int) -> Tensor:
+        ops.check_pool(keys)
+        selection = torch.full((query.shape[0], min(topk, layout.max_context)), -1, dtype=torch.int32)
+        for b, context in enumerate(layout.context_lengths):
+            start, stop = layout.sequence_starts[b], layout.sequence_starts[b + 1]
+            pages = no_pages if layout.page_table is None else layout.page_table[b].contiguous()
+            found_nan = operators.index_select(
+                query[start:stop],
+                weights[start:stop],
+                keys,
+                pages,
+                layout.page_size,
+                start,
+                context,
+                selection[start:stop],
+            )
+            if found_nan:
+                raise KernelError(ops.NAN_SCORES)
+        return selection
+
+    return registry.Twin(name=name, devices=("cpu",), function=index_select, supports=supports)
+
+
+def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> str | None:
+        if query.shape[-1] % 16 or latent_dim % 16:
+            return f"widths of {query.shape[-1]} and {latent_dim} are not multiples of 16"
+        return _refusal(query, latents) if selection.is_contiguous() else "the selection is not contiguous"
+
+    def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+        attended = query.new_empty(*query.shape[:2], latent_dim)
+        operators.mla_sparse(query, latents, selection, scale, attended)
+        return attended
+
+    return registry.Twin(name=name, devices=("cpu",), function=mla_sparse, supports=supports)
