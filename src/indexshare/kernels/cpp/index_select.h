@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -93,15 +94,15 @@ struct IndexScratch {
   std::vector<int32_t> positions;
   Candidates candidates[kQueriesPerTile];
 
-  IndexScratch(int topk, int num_lanes, int dim) {
+  IndexScratch(int topk, int num_lanes, int dim, int num_queries) {
     const int capacity = std::max(2 * topk, topk + 512) + kLanes;
     packed.resize(size_t(num_lanes) * dim);
     weights.resize(num_lanes);
     keys.resize(size_t(kKeysPerBlock) * dim);
-    scores.resize(size_t(kQueriesPerTile) * capacity);
+    scores.resize(size_t(num_queries) * capacity);
     positions.resize(scores.size());
     cut.resize(capacity);
-    for (int i = 0; i < kQueriesPerTile; i++) {
+    for (int i = 0; i < num_queries; i++) {
       candidates[i] = {&scores[size_t(i) * capacity], &positions[size_t(i) * capacity], 0, capacity, topk, 0.0f};
     }
   }
@@ -268,7 +269,7 @@ int lanes_of_tile(const IndexSelect& a) {
 
 // Queries first .. last - 1, each over all the keys it sees. Returns whether a score was NaN.
 bool index_select_queries(const IndexSelect& a, int64_t first, int64_t last) {
-  IndexScratch scratch(a.topk, lanes_of_tile(a), a.dim);
+  IndexScratch scratch(a.topk, lanes_of_tile(a), a.dim, int(std::min<int64_t>(last - first, kQueriesPerTile)));
   bool is_nan = false;
   for (int64_t tile = first; tile < last; tile += kQueriesPerTile) {
     const int count = int(std::min<int64_t>(kQueriesPerTile, last - tile));
@@ -289,7 +290,7 @@ bool index_select_queries(const IndexSelect& a, int64_t first, int64_t last) {
 
 // Part `part` of `num_parts` of the keys of up to kQueriesPerTile queries: candidates[part][query], counts beside them.
 bool index_select_part(const IndexSelect& a, int64_t begin, int64_t end, float* scores, int32_t* positions, int32_t* counts) {
-  IndexScratch scratch(a.topk, lanes_of_tile(a), a.dim);
+  IndexScratch scratch(a.topk, lanes_of_tile(a), a.dim, int(a.num_queries));
   const bool is_nan = scan(a, 0, int(a.num_queries), begin, end, scratch);
   for (int q = 0; q < a.num_queries; q++) {
     Candidates& found = scratch.candidates[q];
@@ -316,6 +317,30 @@ void index_select_join(const IndexSelect& a, int num_parts, const float* scores,
     }
     write_selection(a, q, joined, scratch.data());
   }
+}
+
+bool index_select_all(const IndexSelect& a) {
+  std::atomic<bool> is_nan{false};
+  const int64_t context = a.num_past + a.num_queries;
+  if (a.num_queries <= kQueriesPerTile / 4 && context > a.topk) {  // too few queries to share: share the keys
+    const int64_t num_threads = torch::stable::get_num_threads();
+    const int64_t blocks = (context + kKeysPerBlock - 1) / kKeysPerBlock;
+    const int64_t parts = std::min(num_threads, std::max<int64_t>(1, context / (2 * a.topk)));
+    std::vector<float> scores(size_t(parts * a.num_queries) * a.topk);
+    std::vector<int32_t> positions(scores.size()), counts(parts * a.num_queries);
+    for_each_task(parts, [&](int64_t part) {
+      const int64_t begin = blocks * part / parts * kKeysPerBlock;
+      const int64_t end = std::min(context, blocks * (part + 1) / parts * kKeysPerBlock);
+      const size_t place = size_t(part) * a.num_queries;
+      if (index_select_part(a, begin, end, &scores[place * a.topk], &positions[place * a.topk], &counts[place])) is_nan = true;
+    });
+    index_select_join(a, int(parts), scores.data(), positions.data(), counts.data());
+  } else {
+    for_each_run(a.num_queries, kQueriesPerTile, [&](int64_t first, int64_t last) {
+      if (index_select_queries(a, first, last)) is_nan = true;
+    });
+  }
+  return is_nan;
 }
 
 }  // namespace

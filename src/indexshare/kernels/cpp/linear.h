@@ -1,125 +1,442 @@
-// Products with packed weights: [out / 16][in / pair][16][pair], so that one line of memory holds sixteen outputs and the
-// inputs are broadcast. Prefill and decode run the same sums in the same order (over the inputs, one pair after the other,
-// in fp32), so a token's result does not depend on the tokens beside it, on the chunk or on the threads.
+// Products with packed weights. Sixteen outputs lie side by side and the inputs are broadcast against them: one source for a
+// single token (bound by memory) and for many (bound by arithmetic).
+//
+//     fp32  [out/16][in  ][16]            int8  [out/16][in/4][16][4]  unsigned, 128 more than the value
+//     bf16  [out/16][in/2][16][2]         int4  [out/16][in/8][16][4]  bytes: inputs 0-3 low, 4-7 high, 8 more than the value
+//     fp8   [out/16][in/2][16][2]         scales [out/16][groups][16] in BF16; of fp8 [out/16][groups] in fp32
+//
+// Every output is summed over its inputs in one order, whatever the number of tokens or threads: the result of a token does
+// not depend on its neighbours.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
 
-// How many inputs lie side by side: two in BF16, for the dot-product instruction.
-template <typename Number>
-constexpr int kPair = sizeof(Number) == 2 ? 2 : 1;
+enum Format : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kFp8 = 4 };
 
-constexpr int kTokensAtOnce = 8;   // with three blocks of outputs: 24 accumulators
-constexpr int kBlocksAtOnce = 3;
-constexpr int kTokensPerTask = 64;
-constexpr int kBlocksPerTask = 12;
+// A weight [num_outputs, width]; the fields are mirrored in native.py.
+struct Matrix {
+  const uint8_t* data;
+  const void* scales;
+  int64_t num_outputs, width;
+  int32_t format, group;  // group: inputs that share a scale of weights (0: all) and, for integers, one of activations
 
-template <typename Number>
-ALWAYS_INLINE Float16 step(Float16 sum, const Number* weights, const Number* x);
+  int64_t num_blocks() const { return (num_outputs + kLanes - 1) / kLanes; }
+};
 
-template <>
-ALWAYS_INLINE Float16 step<float>(Float16 sum, const float* weights, const float* x) {
-  return sum + load(weights) * *x;
+// Inputs in one step of 64 bytes of weights (32 of fp8), and bytes of input that it takes.
+constexpr int inputs_per_step(int format) { return format == kFp32 ? 1 : format == kInt8 ? 4 : format == kInt4 ? 8 : 2; }
+constexpr int bytes_per_step(int format) { return format == kFp8 ? 32 : 64; }
+constexpr bool is_integer(int format) { return format == kInt8 || format == kInt4; }
+constexpr int kActivationGroup = 128;
+
+int64_t num_steps(const Matrix& m) { return (m.width + inputs_per_step(m.format) - 1) / inputs_per_step(m.format); }
+int64_t block_bytes(const Matrix& m) { return num_steps(m) * bytes_per_step(m.format); }
+int activation_group(const Matrix& m) { return m.format == kInt4 ? m.group : kActivationGroup; }
+
+// ------------------------------------------------------------------------------------------------------------- inputs
+
+struct GroupScale {
+  float scale;
+  int32_t sum;
+};
+
+int64_t num_groups(int64_t width, int group) { return (width + group - 1) / group; }
+
+// Bytes of an encoded input row: numbers, then (integers) a scale and a sum for each group.
+int64_t encoded_bytes(const Matrix& m) {
+  if (m.format == kFp32) return m.width * 4;
+  if (!is_integer(m.format)) return (m.width + 1) / 2 * 4;
+  return (m.width + 7) / 8 * 8 + num_groups(m.width, activation_group(m)) * int64_t(sizeof(GroupScale));
 }
 
+void encode_integers(const float* x, int64_t width, int group, uint8_t* out) {
+  int8_t* numbers = reinterpret_cast<int8_t*>(out);
+  const int64_t padded = (width + 7) / 8 * 8;
+  GroupScale* scales = reinterpret_cast<GroupScale*>(out + padded);
+  for (int64_t begin = 0; begin < width; begin += group) {
+    const int64_t end = std::min(begin + group, width);
+    Float16 peaks{};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Float16 v = load(x + i), size = v < 0.0f ? -v : v;
+      peaks = size > peaks ? size : peaks;
+    }
+    float peak = 0.0f;
+    for (; i < end; i++) peak = std::max(peak, std::fabs(x[i]));
+    for (int lane = 0; lane < kLanes; lane++) peak = std::max(peak, peaks[lane]);
+    const float scale = peak / 127.0f;
+    Int16 sums{};
+    int32_t sum = 0;
+    i = begin;
+    // Division, not a product with the inverse: the specification divides. Adding 1.5 * 2^23 rounds to nearest, ties to even.
+    for (; i + kLanes <= end; i += kLanes) {
+      const Float16 rounded = (peak > 0.0f ? load(x + i) / scale : Float16{}) + 12582912.0f;
+      const Int16 q = reinterpret_cast<const Int16&>(rounded) - 0x4b400000;
+      sums += q;
+      store(numbers + i, q);
+    }
+    for (; i < end; i++) {
+      const int32_t q = peak > 0.0f ? int32_t(std::nearbyint(x[i] / scale)) : 0;
+      numbers[i] = int8_t(q);
+      sum += q;
+    }
+    for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+    *scales++ = {scale, sum};
+  }
+  for (int64_t i = width; i < padded; i++) numbers[i] = 0;
+}
+
+void encode(const Matrix& m, const float* x, uint8_t* out) {
+  if (m.format == kFp32) {
+    memcpy(out, x, m.width * 4);
+  } else if (is_integer(m.format)) {
+    encode_integers(x, m.width, activation_group(m), out);
+  } else {
+    uint16_t* numbers = reinterpret_cast<uint16_t*>(out);
+    narrow_row(x, m.width, numbers);
+    if (m.width % 2) numbers[m.width] = 0;
+  }
+}
+
+// Rows of activations in fp32, and encoded as a matrix wants them; encoded once for all matrices with the same wish.
+class Input {
+ public:
+  Input(const float* x, int64_t num_rows, int64_t stride) : x_(x), num_rows_(num_rows), stride_(stride) {}
+
+  int64_t num_rows() const { return num_rows_; }
+
+  const uint8_t* const* rows(const Matrix& m) {
+    const int kind = is_integer(m.format) ? 16 + activation_group(m) : m.format == kFp32 ? 1 : 0;
+    for (const auto& known : encodings_) {
+      if (known.kind == kind) return known.rows.data();
+    }
+    encodings_.emplace_back();
+    Encoding& made = encodings_.back();
+    made.kind = kind;
+    const int64_t size = (encoded_bytes(m) + 63) / 64 * 64;
+    made.bytes.resize(size_t(num_rows_ * size) + 64);
+    uint8_t* first = made.bytes.data() + (64 - reinterpret_cast<uintptr_t>(made.bytes.data()) % 64) % 64;
+    for (int64_t t = 0; t < num_rows_; t++) made.rows.push_back(first + t * size);
+    for_each_run(num_rows_, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) encode(m, x_ + t * stride_, first + t * size);
+    });
+    return made.rows.data();
+  }
+
+ private:
+  struct Encoding {
+    int kind;
+    std::vector<uint8_t> bytes;
+    std::vector<const uint8_t*> rows;
+  };
+  const float* x_;
+  int64_t num_rows_, stride_;
+  std::vector<Encoding> encodings_;
+};
+
+// ------------------------------------------------------------------------------------------------------------ products
+
+ALWAYS_INLINE int32_t word_at(const uint8_t* x) {
+  int32_t word;
+  memcpy(&word, x, 4);
+  return word;
+}
+
+template <int kFormat>
+ALWAYS_INLINE Word16 weights_at(const uint8_t* data) {
+  return *reinterpret_cast<const Word16*>(data);
+}
+
+// e4m3 -> bfloat16, exactly: eight subnormals from a table, all else by moving the exponent.
 template <>
-ALWAYS_INLINE Float16 step<uint16_t>(Float16 sum, const uint16_t* weights, const uint16_t* x) {
+ALWAYS_INLINE Word16 weights_at<kFp8>(const uint8_t* data) {
+  typedef uint8_t Byte32 __attribute__((vector_size(32), aligned(1), may_alias));
+  typedef uint16_t Half32 __attribute__((vector_size(64), aligned(2), may_alias));
+  const Half32 x = __builtin_convertvector(*reinterpret_cast<const Byte32*>(data), Half32);
+  const Half32 size = x & 0x7f, sign = (x & 0x80) << 8;
+  // A subnormal m * 2^-9 is (m + 8) * 2^-9 - 2^-6; so: its leading bit's place gives the exponent.
+  const Half32 m = size;
+  const Half32 small = m >= 4 ? 0x3c00 + ((m - 4) << 5) : m >= 2 ? 0x3b80 + ((m - 2) << 6) : m == 1 ? Half32{} + 0x3b00 : Half32{};
+  const Half32 normal = (size << 4) + (120 << 7);
+  Half32 bits = (size < 8 ? small : normal) | sign;
+  return reinterpret_cast<Word16&>(bits);
+}
+
+// One step of sixteen sums of floats.
+template <int kFormat>
+ALWAYS_INLINE Float16 step(Float16 sum, Word16 weights, const uint8_t* x) {
+  if constexpr (kFormat == kFp32) {
+    float value;
+    memcpy(&value, x, 4);
+    return sum + reinterpret_cast<Float16&>(weights) * value;
+  }
 #if defined(__AVX512BF16__)
-  int32_t pair;
-  memcpy(&pair, x, 4);
-  return (Float16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
+  return (Float16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(word_at(x)));
 #else
-  // Even and odd inputs of sixteen outputs: the two halves of each 32-bit word.
-  Word16 words;
-  memcpy(&words, weights, 64);
-  Word16 even = words << 16, odd = words & 0xffff0000u;
-  sum += reinterpret_cast<Float16&>(even) * widen(x[0]);
-  return sum + reinterpret_cast<Float16&>(odd) * widen(x[1]);
+  Word16 even = weights << 16, odd = weights & 0xffff0000u;
+  const uint32_t pair = uint32_t(word_at(x)), first = pair << 16, second = pair & 0xffff0000u;
+  float low, high;
+  memcpy(&low, &first, 4);
+  memcpy(&high, &second, 4);
+  sum += reinterpret_cast<Float16&>(odd) * high;
+  return sum + reinterpret_cast<Float16&>(even) * low;
 #endif
 }
 
-// kTokens rows of x [.., in] times kBlocks blocks of packed weights; give(token, block, sums) takes the results.
-template <int kTokens, int kBlocks, typename Number, typename Give>
-ALWAYS_INLINE void multiply(
-    const Number* const x[kTokens], const Number* packed, int64_t width, Give give) {
-  Float16 sums[kTokens][kBlocks];
-  for (int t = 0; t < kTokens; t++) {
-    for (int b = 0; b < kBlocks; b++) sums[t][b] = Float16{};
+// Four inputs of sixteen integer sums: unsigned weights, signed inputs.
+ALWAYS_INLINE Int16 step_bytes(Int16 sum, Word16 weights, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (Int16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
+#else
+  for (int byte = 0; byte < 4; byte++) {
+    const Word16 unsigned_weights = (weights >> (8 * byte)) & 0xffu;
+    sum += reinterpret_cast<const Int16&>(unsigned_weights) * int32_t(int8_t(x >> (8 * byte)));
   }
-  const int64_t block_size = width * kLanes;
-  for (int64_t d = 0; d < width; d += kPair<Number>) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) {
-#pragma GCC unroll 8
+  return sum;
+#endif
+}
+
+// kTokens rows times kBlocks neighbouring blocks: sums[t * kBlocks + b].
+template <int kFormat, int kTokens, int kBlocks>
+ALWAYS_INLINE void multiply_floats(const uint8_t* const* x, const Matrix& m, int64_t block, Float16* sums) {
+  const int64_t stride = block_bytes(m), steps = num_steps(m);
+  const uint8_t* data = m.data + block * stride;
+  const int64_t group = kFormat == kFp8 ? kActivationGroup / 2 : steps;
+  for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = Float16{};
+  for (int64_t begin = 0, g = 0; begin < steps; begin += group, g++) {
+    const int64_t end = std::min(begin + group, steps);
+    Float16 acc[kTokens * kBlocks] = {};
+    for (int64_t d = begin; d < end; d++) {
+      Word16 weights[kBlocks];
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; b++) weights[b] = weights_at<kFormat>(data + b * stride + d * bytes_per_step(kFormat));
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; t++) {
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = step<kFormat>(acc[t * kBlocks + b], weights[b], x[t] + d * 4);
+      }
+    }
+    if constexpr (kFormat == kFp8) {
+      const int64_t groups = num_groups(m.width, kActivationGroup);
       for (int b = 0; b < kBlocks; b++) {
-        sums[t][b] = step<Number>(sums[t][b], packed + b * block_size + d * kLanes, x[t] + d);
+        const float scale = static_cast<const float*>(m.scales)[(block + b) * groups + g];
+        for (int t = 0; t < kTokens; t++) sums[t * kBlocks + b] += acc[t * kBlocks + b] * scale;
       }
+    } else {
+      for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = acc[i];
     }
-  }
-  for (int t = 0; t < kTokens; t++) {
-    for (int b = 0; b < kBlocks; b++) give(t, b, sums[t][b]);
   }
 }
 
-// All of `num_tokens` rows (at most kTokensAtOnce) times blocks begin .. end - 1; give(token, block, sums).
-template <int kTokens, int kBlocks, typename Number, typename Give>
-void multiply_tile(const Number* const* x, const Number* packed, int64_t width, int64_t begin, int64_t end, Give give) {
+template <int kFormat, int kTokens, int kBlocks>
+ALWAYS_INLINE void multiply_integers(const uint8_t* const* x, const Matrix& m, int64_t block, Float16* sums) {
+  constexpr int kInputs = kFormat == kInt4 ? 8 : 4, kOffset = kFormat == kInt4 ? 8 : 128;
+  const int64_t stride = block_bytes(m), steps = num_steps(m), padded = (m.width + 7) / 8 * 8;
+  const uint8_t* data = m.data + block * stride;
+  const int group = activation_group(m);
+  const int64_t groups = num_groups(m.width, group), scale_stride = m.group == 0 ? 1 : groups;
+  for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = Float16{};
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t begin = g * group / kInputs, end = std::min<int64_t>((g + 1) * group / kInputs, steps);
+    Int16 acc[kTokens * kBlocks];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; t++) {
+      const GroupScale& of_group = reinterpret_cast<const GroupScale*>(x[t] + padded)[g];
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = Int16{} - kOffset * of_group.sum;
+    }
+    for (int64_t d = begin; d < end; d++) {
+      Word16 weights[kBlocks], high[kBlocks];
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; b++) {
+        weights[b] = weights_at<kFormat>(data + b * stride + d * 64);
+        if constexpr (kFormat == kInt4) {
+          high[b] = (weights[b] >> 4) & 0x0f0f0f0fu;
+          weights[b] = weights[b] & 0x0f0f0f0fu;
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; t++) {
+        const int32_t first = word_at(x[t] + d * kInputs);
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = step_bytes(acc[t * kBlocks + b], weights[b], first);
+        if constexpr (kFormat == kInt4) {
+          const int32_t second = word_at(x[t] + d * kInputs + 4);
+#pragma GCC unroll 16
+          for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = step_bytes(acc[t * kBlocks + b], high[b], second);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int b = 0; b < kBlocks; b++) {
+      const uint16_t* scales = static_cast<const uint16_t*>(m.scales);
+      const Float16 of_weights = load(scales + ((block + b) * scale_stride + (m.group == 0 ? 0 : g)) * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; t++) {
+        const float of_input = reinterpret_cast<const GroupScale*>(x[t] + padded)[g].scale;
+        sums[t * kBlocks + b] += __builtin_convertvector(acc[t * kBlocks + b], Float16) * (of_weights * of_input);
+      }
+    }
+  }
+}
+
+template <int kFormat, int kTokens, int kBlocks, typename Give>
+ALWAYS_INLINE void multiply(const uint8_t* const* x, const Matrix& m, int64_t first, int64_t block, const Give& give) {
+  Float16 sums[kTokens * kBlocks];
+  if constexpr (is_integer(kFormat)) multiply_integers<kFormat, kTokens, kBlocks>(x, m, block, sums);
+  else multiply_floats<kFormat, kTokens, kBlocks>(x, m, block, sums);
+  for (int t = 0; t < kTokens; t++) give(first + t, block, kBlocks, sums + t * kBlocks);
+}
+
+template <int kFormat, int kTokens, int kBlocks, typename Give>
+void multiply_blocks(const uint8_t* const* x, const Matrix& m, int64_t first, int64_t begin, int64_t end, const Give& give) {
   int64_t block = begin;
-  for (; block + kBlocks <= end; block += kBlocks) {
-    multiply<kTokens, kBlocks, Number>(x, packed + block * width * kLanes, width, [&](int t, int b, Float16 sums) {
-      give(t, block + b, sums);
-    });
+  for (; block + kBlocks <= end; block += kBlocks) multiply<kFormat, kTokens, kBlocks>(x, m, first, block, give);
+  for (; block + 2 <= end; block += 2) multiply<kFormat, kTokens, 2>(x, m, first, block, give);
+  for (; block < end; block++) multiply<kFormat, kTokens, 1>(x, m, first, block, give);
+}
+
+// Sums that fit into the registers: rows and blocks of a tile for many rows, and blocks for one.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileBlocks = 4, kRowBlocks = 8;
+#else
+constexpr int kTileRows = 2, kTileBlocks = 2, kRowBlocks = 4;
+#endif
+
+// Rows first .. last - 1 times blocks begin .. end - 1. give(row, block, count, sums): sixteen results of each block.
+template <int kFormat, typename Give>
+void multiply_tile(
+    const uint8_t* const* x, const Matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end, const Give& give) {
+  int64_t t = first;
+  for (; t + kTileRows <= last; t += kTileRows) multiply_blocks<kFormat, kTileRows, kTileBlocks>(x + t, m, t, begin, end, give);
+  if (kTileRows > 2) {
+    for (; t + 2 <= last; t += 2) multiply_blocks<kFormat, 2, kRowBlocks>(x + t, m, t, begin, end, give);
   }
-  for (; block < end; block++) {
-    multiply<kTokens, 1, Number>(x, packed + block * width * kLanes, width, [&](int t, int, Float16 sums) {
-      give(t, block, sums);
-    });
+  for (; t < last; t++) multiply_blocks<kFormat, 1, kRowBlocks>(x + t, m, t, begin, end, give);
+}
+
+template <typename Give>
+void multiply_tile(
+    const uint8_t* const* x, const Matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end, const Give& give) {
+  switch (m.format) {
+    case kFp32: return multiply_tile<kFp32>(x, m, first, last, begin, end, give);
+    case kBf16: return multiply_tile<kBf16>(x, m, first, last, begin, end, give);
+    case kInt8: return multiply_tile<kInt8>(x, m, first, last, begin, end, give);
+    case kInt4: return multiply_tile<kInt4>(x, m, first, last, begin, end, give);
+    default: return multiply_tile<kFp8>(x, m, first, last, begin, end, give);
   }
 }
 
-template <typename Number, typename Give>
-void multiply_tokens(
-    const Number* const* x, int64_t num_tokens, const Number* packed, int64_t width, int64_t begin, int64_t end, Give give) {
-  int64_t token = 0;
-  auto from = [&](int64_t first) {
-    return [&give, first](int t, int64_t block, Float16 sums) { give(first + t, block, sums); };
-  };
-  // Weights of a group of blocks stay in the second cache while all tokens pass.
-  for (; token + kTokensAtOnce <= num_tokens; token += kTokensAtOnce) {
-    multiply_tile<kTokensAtOnce, kBlocksAtOnce>(x + token, packed, width, begin, end, from(token));
+// ----------------------------------------------------------------------------------------------------------------- jobs
+
+// What becomes of the sums of a job.
+enum Target { kStore, kAdd, kSwiglu };
+
+// A product of some rows with one matrix; jobs that do not depend on each other run together.
+struct Job {
+  const Matrix* matrix;
+  const uint8_t* const* rows;
+  int64_t num_rows;
+  float* output;   // row r begins at output + r * stride
+  int64_t stride;
+  Target target;   // kSwiglu: blocks alternate between gate and up, half as many numbers come out
+};
+
+ALWAYS_INLINE void give_block(const Job& job, int64_t row, int64_t block, int count, const Float16* sums) {
+  float* out = job.output + row * job.stride;
+  if (job.target == kSwiglu) {
+    for (int i = 0; i < count; i += 2) store(out + (block + i) / 2 * kLanes, silu(sums[i]) * sums[i + 1]);
+    return;
   }
-  for (; token + 4 <= num_tokens; token += 4) multiply_tile<4, 4>(x + token, packed, width, begin, end, from(token));
-  for (; token + 2 <= num_tokens; token += 2) multiply_tile<2, 6>(x + token, packed, width, begin, end, from(token));
-  for (; token < num_tokens; token++) multiply_tile<1, 8>(x + token, packed, width, begin, end, from(token));
-}
-
-// The sixteen results of a block, without those beyond the end.
-template <typename Number>
-ALWAYS_INLINE void write_block(Float16 sums, int64_t block, int64_t num_outputs, Number* row) {
-  const int64_t first = block * kLanes;
-  const int count = int(std::min<int64_t>(kLanes, num_outputs - first));
-  for (int lane = 0; lane < count; lane++) narrow(sums[lane], row + first + lane);
-}
-
-// Rows of weight [out, in] -> blocks begin .. end - 1 of the packed form; missing outputs are zero.
-template <typename Number>
-void pack_blocks(const Number* weight, int64_t num_outputs, int64_t width, int64_t begin, int64_t end, Number* packed) {
-  constexpr int pair = kPair<Number>;
-  for (int64_t block = begin; block < end; block++) {
-    Number* to = packed + block * width * kLanes;
-    for (int lane = 0; lane < kLanes; lane++) {
-      const int64_t row = block * kLanes + lane;
-      for (int64_t d = 0; d < width; d++) {
-        to[d / pair * kLanes * pair + lane * pair + d % pair] = row < num_outputs ? weight[row * width + d] : Number{};
-      }
+  for (int i = 0; i < count; i++) {
+    float* to = out + (block + i) * kLanes;
+    const int64_t left = job.matrix->num_outputs - (block + i) * kLanes;
+    if (left >= kLanes) {
+      store(to, job.target == kAdd ? load(to) + sums[i] : sums[i]);
+    } else {
+      for (int lane = 0; lane < left; lane++) to[lane] = job.target == kAdd ? to[lane] + sums[i][lane] : sums[i][lane];
     }
   }
+}
+
+constexpr int64_t kRowsPerTask = 96;
+constexpr int64_t kBytesPerTask = 256 * 1024;  // of weights: they stay in the second cache while the rows pass
+
+void run_jobs(const std::vector<Job>& jobs) {
+  struct Part {
+    int64_t first_task, blocks_per_task, tiles;
+  };
+  std::vector<Part> parts;
+  int64_t num_tasks = 0;
+  for (const Job& job : jobs) {
+    const int64_t blocks = job.matrix->num_blocks();
+    int64_t size = std::max<int64_t>(8, kBytesPerTask / block_bytes(*job.matrix) / 8 * 8);
+    if (job.num_rows > 1) size = std::min<int64_t>(size, 16);
+    const int64_t tiles = (job.num_rows + kRowsPerTask - 1) / kRowsPerTask;
+    parts.push_back({num_tasks, size, tiles});
+    num_tasks += (blocks + size - 1) / size * tiles;
+  }
+  for_each_task(num_tasks, [&](int64_t task) {
+    size_t j = parts.size() - 1;
+    while (parts[j].first_task > task) j--;
+    const Job& job = jobs[j];
+    const int64_t inside = task - parts[j].first_task, size = parts[j].blocks_per_task;
+    const int64_t begin = inside / parts[j].tiles * size, end = std::min(begin + size, job.matrix->num_blocks());
+    const int64_t first = inside % parts[j].tiles * kRowsPerTask, last = std::min(first + kRowsPerTask, job.num_rows);
+    multiply_tile(job.rows, *job.matrix, first, last, begin, end, [&](int64_t row, int64_t block, int count, const Float16* sums) {
+      give_block(job, row, block, count, sums);
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------- packing
+
+// Input `d` of output `row` of a plain weight in the format's own numbers: what the packed form holds.
+template <typename Number>
+void pack_numbers(const Number* weight, const Matrix& m, uint8_t* out) {
+  constexpr int kPair = sizeof(Number) == 4 ? 1 : sizeof(Number) == 2 ? 2 : 0;
+  const int pair = kPair ? kPair : m.format == kFp8 ? 2 : 4;
+  for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+      Number* to = reinterpret_cast<Number*>(out + block * block_bytes(m));
+      std::fill(to, to + block_bytes(m) / sizeof(Number), Number{});
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int64_t row = block * kLanes + lane;
+        if (row >= m.num_outputs) break;
+        for (int64_t d = 0; d < m.width; d++) {
+          const Number value = weight[row * m.width + d];
+          to[d / pair * kLanes * pair + lane * pair + d % pair] = m.format == kInt8 ? Number(value + 128) : value;
+        }
+      }
+    }
+  });
+}
+
+// From [out][ceil(in / 2)] bytes, the even input low.
+void pack_nibbles(const uint8_t* weight, const Matrix& m, uint8_t* out) {
+  const int64_t stride = (m.width + 1) / 2;
+  for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+      uint8_t* to = out + block * block_bytes(m);
+      std::fill(to, to + block_bytes(m), uint8_t{});
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int64_t row = block * kLanes + lane;
+        if (row >= m.num_outputs) break;
+        for (int64_t d = 0; d < m.width; d++) {
+          const uint8_t nibble = (weight[row * stride + d / 2] >> (d % 2 * 4)) & 15;
+          to[d / 8 * 64 + lane * 4 + d % 4] |= uint8_t(nibble << (d % 8 / 4 * 4));
+        }
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -1,18 +1,26 @@
-// Absorbed MLA over selected rows: scores of four heads and four rows at a time, one softmax, then the weighted sum of the
-// same rows. A row is read where it lies in the cache; nothing is gathered into a copy.
+// Absorbed MLA over selected rows, read where they lie in the cache; nothing is gathered into a copy.
+//
+// The rows of a token go in chunks: scores, a softmax within the chunk, the weighted sum of the same rows while they are in
+// the second cache. At the end the chunks are joined in order. A token's arithmetic is the same alone and among others.
+//
+// BF16 with many heads: lanes are heads, a pair of numbers of a row is broadcast against sixteen queries. Otherwise lanes
+// are numbers of a row, and four heads share it.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int kHeads = 4;       // heads and rows in registers at once
+constexpr int kRowsPerChunk = 256;
+constexpr int kHeads = 4;  // heads and rows in registers at once, where lanes are numbers
 constexpr int kRows = 4;
-constexpr int kValueVectors = 4;  // of a latent, in registers for the weighted sum
+constexpr int kRowsAtOnce = 8;  // where lanes are heads
 constexpr int kPrefetch = 8;    // rows ahead
 
 struct MlaSparse {
@@ -26,25 +34,71 @@ struct MlaSparse {
   float scale;
   void* output;  // [num_tokens, num_heads, latent_dim] in the query's type
 
+  int padded_heads() const {
+    const int multiple = num_heads > 2 * kHeads ? kLanes : kHeads;
+    return (num_heads + multiple - 1) / multiple * multiple;
+  }
+  bool lanes_are_heads() const {
+#if defined(__AVX512BF16__)
+    return query_is_bf16 && latents_are_bf16 && padded_heads() >= kLanes && width % 2 == 0;
+#else
+    return false;
+#endif
+  }
   int count(int64_t token) const {
     const int32_t* rows = selection + token * num_selected;
     return int(std::partition_point(rows, rows + num_selected, [](int32_t row) { return row >= 0; }) - rows);
   }
+  // A chunk's result: peak and total of each head, then the sums [num_heads][latent_dim].
+  int64_t part_size() const { return 2 * padded_heads() + int64_t(num_heads) * latent_dim; }
 };
 
-// sums[row][head] over the width.
+// What one thread needs while it works on a token.
+struct MlaScratch {
+  std::vector<float> scores, parts;
+  std::vector<uint16_t> query;    // packed [head groups][width/2][16][2]
+  std::vector<uint32_t> weights;  // [rows/2][padded heads], two BF16 weights each
+
+  explicit MlaScratch(const MlaSparse& a)
+      : scores(size_t(kRowsPerChunk) * a.padded_heads()),
+        query(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0),
+        weights(size_t(kRowsPerChunk / 2) * a.padded_heads()) {}
+};
+
+template <typename Number>
+const Number* row_at(const MlaSparse& a, const int32_t* rows, int k) {
+  return static_cast<const Number*>(a.latents) + int64_t(rows[k]) * a.width;
+}
+
+template <typename Number>
+ALWAYS_INLINE void prefetch_row(const MlaSparse& a, const int32_t* rows, int k) {
+  const Number* row = row_at<Number>(a, rows, k);
+  for (int d = 0; d < a.width; d += 64 / int(sizeof(Number))) __builtin_prefetch(row + d);
+}
+
+// ------------------------------------------------------------------------------------------------------------ scores
+
+// sums[row][head] over the width, for four rows and four heads.
 template <typename Query, typename Latent>
 ALWAYS_INLINE void dot_block(const Query* const query[kHeads], const Latent* const rows[kRows], int width, Float16 sums[16]) {
   for (int i = 0; i < 16; i++) sums[i] = Float16{};
-  for (int d = 0; d < width; d += kLanes) {
+  auto step = [&](int d, auto read_query, auto read_row) __attribute__((always_inline)) {
     Float16 q[kHeads];
-    for (int h = 0; h < kHeads; h++) q[h] = load(query[h] + d);
+    for (int h = 0; h < kHeads; h++) q[h] = read_query(query[h] + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
-      const Float16 row = load(rows[r] + d);
+      const Float16 row = read_row(rows[r] + d);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; h++) sums[r * kHeads + h] += row * q[h];
     }
+  };
+  int d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    step(d, [](const Query* p) { return load(p); }, [](const Latent* p) { return load(p); });
+  }
+  if (d < width) {
+    const int left = width - d;
+    step(d, [left](const Query* p) { return load_part(p, left); }, [left](const Latent* p) { return load_part(p, left); });
   }
 }
 
@@ -53,78 +107,122 @@ ALWAYS_INLINE void dot_block(
     const uint16_t* const query[kHeads], const uint16_t* const rows[kRows], int width, Float16 out[16]) {
   __m512 sums[16];
   for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
-  auto step = [&](auto read, int d) {
+  for (int d = 0; d < width; d += 2 * kLanes) {
+    const __mmask32 inside = d + 2 * kLanes <= width ? 0xffffffffu : (1u << (width - d)) - 1;
     __m512bh q[kHeads];
-    for (int h = 0; h < kHeads; h++) q[h] = read(query[h] + d);
+    for (int h = 0; h < kHeads; h++) q[h] = (__m512bh)_mm512_maskz_loadu_epi16(inside, query[h] + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
-      const __m512bh row = read(rows[r] + d);
+      const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(inside, rows[r] + d);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; h++) sums[r * kHeads + h] = _mm512_dpbf16_ps(sums[r * kHeads + h], row, q[h]);
     }
-  };
-  int d = 0;
-  for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
-    step([](const uint16_t* p) __attribute__((always_inline)) { return (__m512bh)_mm512_loadu_si512(p); }, d);
-  }
-  if (d < width) {
-    step([](const uint16_t* p) __attribute__((always_inline)) {
-      return (__m512bh)_mm512_maskz_loadu_epi16(0xffff, p);
-    }, d);
   }
   for (int i = 0; i < 16; i++) out[i] = (Float16)sums[i];
 }
 #endif
 
-// Scaled scores [row][padded heads] of rows begin .. end - 1 of a token.
+// Scaled scores [row][padded heads] of `count` rows.
 template <typename Query, typename Latent>
-void score_rows(const MlaSparse& a, int64_t token, int begin, int end, float* scores) {
+void score_rows(const MlaSparse& a, int64_t token, const int32_t* selected, int count, float* scores) {
   const Query* query = static_cast<const Query*>(a.query) + token * a.num_heads * a.width;
-  const Latent* pool = static_cast<const Latent*>(a.latents);
-  const int32_t* selected = a.selection + token * a.num_selected;
-  const int padded = (a.num_heads + kHeads - 1) / kHeads * kHeads;
-  const Float16 scale = splat(a.scale);
-  for (int k = begin; k < end; k += kRows) {
+  const int padded = a.padded_heads();
+  for (int k = 0; k < count; k += kRows) {
     const Latent* rows[kRows];
     for (int r = 0; r < kRows; r++) {
-      rows[r] = pool + int64_t(selected[std::min(k + r, end - 1)]) * a.width;
-      const Latent* ahead = pool + int64_t(selected[std::min(k + r + kPrefetch, end - 1)]) * a.width;
-      for (int d = 0; d < a.width; d += 64 / int(sizeof(Latent))) __builtin_prefetch(ahead + d);
+      rows[r] = row_at<Latent>(a, selected, std::min(k + r, count - 1));
+      prefetch_row<Latent>(a, selected, std::min(k + r + kPrefetch, count - 1));
     }
     for (int h = 0; h < padded; h += kHeads) {
       const Query* heads[kHeads];
       for (int i = 0; i < kHeads; i++) heads[i] = query + std::min(h + i, a.num_heads - 1) * a.width;
       Float16 sums[16];
       dot_block(heads, rows, a.width, sums);
-      const Float16 block = add_lanes(sums) * scale;
-      for (int r = 0; r < std::min(kRows, end - k); r++) {
+      const Float16 block = add_lanes(sums) * a.scale;
+      for (int r = 0; r < std::min(kRows, count - k); r++) {
         for (int i = 0; i < kHeads; i++) scores[(k + r) * padded + h + i] = block[r * kHeads + i];
       }
     }
   }
 }
 
-// In place over the first axis of [count][padded].
-void softmax_rows(float* scores, int count, int padded) {
-  for (int h = 0; h < padded; h++) {
-    float peak = scores[h];
-    for (int k = 1; k < count; k++) peak = std::max(peak, scores[k * padded + h]);
-    float total = 0.0f;
-    for (int k = 0; k < count; k++) total += scores[k * padded + h] = std::exp(scores[k * padded + h] - peak);
-    const float inverse = 1.0f / total;
-    for (int k = 0; k < count; k++) scores[k * padded + h] *= inverse;
+#if defined(__AVX512BF16__)
+void pack_query(const MlaSparse& a, int64_t token, uint16_t* packed) {
+  const uint32_t* query = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(a.query) + token * a.num_heads * a.width);
+  uint32_t* to = reinterpret_cast<uint32_t*>(packed);
+  const int pairs = a.width / 2;
+  for (int h = 0; h < a.padded_heads(); h++) {
+    uint32_t* lane = to + h / kLanes * kLanes * pairs + h % kLanes;
+    for (int d = 0; d < pairs; d++) lane[d * kLanes] = h < a.num_heads ? query[h * pairs + d] : 0;
   }
 }
 
-// Dims begin .. begin + 16 * kVectors - 1 of the attended latents of four heads.
-template <int kVectors, typename Query, typename Latent>
-ALWAYS_INLINE void weigh(const MlaSparse& a, int64_t token, int head, int begin, int count, const float* weights) {
-  const Latent* pool = static_cast<const Latent*>(a.latents);
-  const int32_t* selected = a.selection + token * a.num_selected;
-  const int padded = (a.num_heads + kHeads - 1) / kHeads * kHeads;
+// The same with lanes that are heads.
+void score_rows_of_heads(const MlaSparse& a, const uint16_t* packed, const int32_t* selected, int count, float* scores) {
+  const int padded = a.padded_heads();
+  for (int k = 0; k < count; k += kRowsAtOnce) {
+    const uint16_t* rows[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      rows[r] = row_at<uint16_t>(a, selected, std::min(k + r, count - 1));
+      prefetch_row<uint16_t>(a, selected, std::min(k + r + kRowsAtOnce, count - 1));
+    }
+    for (int h = 0; h < padded; h += kLanes) {
+      const uint16_t* query = packed + size_t(h) * a.width;
+      __m512 sums[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; r++) sums[r] = _mm512_setzero_ps();
+      for (int d = 0; d < a.width; d += 2) {
+        const __m512bh q = (__m512bh)_mm512_loadu_si512(query + d * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsAtOnce; r++) {
+          int32_t pair;
+          memcpy(&pair, rows[r] + d, 4);
+          sums[r] = _mm512_dpbf16_ps(sums[r], q, (__m512bh)_mm512_set1_epi32(pair));
+        }
+      }
+      for (int r = 0; r < std::min(kRowsAtOnce, count - k); r++) {
+        store(scores + (k + r) * padded + h, (Float16)sums[r] * a.scale);
+      }
+    }
+  }
+}
+#endif
+
+// ----------------------------------------------------------------------------------------------------------- softmax
+
+// scores [count][padded] -> weights e^(score - peak) in place, with the peak and the total of each head.
+// round: the weights will be BF16, and the total is that of the rounded ones.
+void soften(float* scores, int count, int padded, bool round, float* peaks, float* totals) {
+  const int size = (count * padded + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + count * padded, scores + size, -std::numeric_limits<float>::infinity());
+  const int period = std::max(padded, kLanes);  // with few heads a vector holds several rows
+  for (int h = 0; h < padded; h += kLanes) {
+    Float16 peak = load(scores + h);
+    for (int i = h + period; i < size; i += period) peak = larger(peak, load(scores + i));
+    for (int width = padded; width < kLanes; width *= 2) peak = larger(peak, turn_lanes(peak, width));
+    Float16 total{};
+    for (int i = h; i < size; i += period) {
+      Float16 weights = exponential(load(scores + i) - peak);
+      if (round) weights = round_to_bf16(weights);
+      store(scores + i, weights);
+      total += weights;
+    }
+    for (int width = padded; width < kLanes; width *= 2) total += turn_lanes(total, width);
+    for (int lane = 0; lane < std::min(kLanes, padded); lane++) {
+      peaks[h + lane] = peak[lane];
+      totals[h + lane] = total[lane];
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ weighted sums
+
+// Numbers begin .. begin + 16 * kVectors - 1 of the sums of four heads.
+template <int kVectors, typename Latent>
+ALWAYS_INLINE void weigh(const MlaSparse& a, const int32_t* selected, int head, int begin, int count, const float* weights, float* out) {
+  const int padded = a.padded_heads();
   Float16 sums[kHeads][kVectors] = {};
   for (int k = 0; k < count; k++) {
-    const Latent* row = pool + int64_t(selected[k]) * a.width + begin;
+    const Latent* row = row_at<Latent>(a, selected, k) + begin;
     Float16 values[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) values[v] = load(row + v * kLanes);
@@ -136,59 +234,152 @@ ALWAYS_INLINE void weigh(const MlaSparse& a, int64_t token, int head, int begin,
     }
   }
   for (int i = 0; i < std::min(kHeads, a.num_heads - head); i++) {
-    Query* out = static_cast<Query*>(a.output) + (token * a.num_heads + head + i) * a.latent_dim + begin;
-    for (int v = 0; v < kVectors; v++) {
-      for (int lane = 0; lane < kLanes; lane++) narrow(sums[i][v][lane], out + v * kLanes + lane);
+    for (int v = 0; v < kVectors; v++) store(out + (head + i) * a.latent_dim + begin + v * kLanes, sums[i][v]);
+  }
+}
+
+template <typename Latent>
+void weigh_all(const MlaSparse& a, const int32_t* selected, int count, const float* weights, float* out) {
+  for (int head = 0; head < a.num_heads; head += kHeads) {
+    int begin = 0;
+    for (; begin + 4 * kLanes <= a.latent_dim; begin += 4 * kLanes) weigh<4, Latent>(a, selected, head, begin, count, weights, out);
+    for (; begin < a.latent_dim; begin += kLanes) weigh<1, Latent>(a, selected, head, begin, count, weights, out);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// In BF16, two rows in each step: thirty-two numbers of kCount heads from `head` on. weights: [rows/2][padded] pairs.
+template <int kCount>
+ALWAYS_INLINE void weigh_pairs(
+    const MlaSparse& a, const int32_t* selected, int head, int begin, int count, const uint32_t* weights, float* out) {
+  const int padded = a.padded_heads();
+  const bool is_whole = begin + 2 * kLanes <= a.latent_dim;
+  const __mmask32 inside = is_whole ? 0xffffffffu : 0xffffu;
+  __m512 low[kCount], high[kCount];
+  for (int i = 0; i < kCount; i++) low[i] = high[i] = _mm512_setzero_ps();
+  for (int k = 0; k < count; k += 2) {
+    const uint16_t* first = row_at<uint16_t>(a, selected, k) + begin;
+    const uint16_t* second = row_at<uint16_t>(a, selected, std::min(k + 1, count - 1)) + begin;
+    const __m512i x = _mm512_maskz_loadu_epi16(inside, first), y = _mm512_maskz_loadu_epi16(inside, second);
+    const __m512bh u = (__m512bh)_mm512_unpacklo_epi16(x, y), v = (__m512bh)_mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) {
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(int32_t(weights[k / 2 * padded + head + i]));
+      low[i] = _mm512_dpbf16_ps(low[i], u, pair);
+      high[i] = _mm512_dpbf16_ps(high[i], v, pair);
+    }
+  }
+  for (int i = 0; i < std::min(kCount, a.num_heads - head); i++) {
+    // Unpacking has left numbers 0-3, 8-11, ... in one register and 4-7, 12-15, ... in the other.
+    const Float16 u = (Float16)low[i], v = (Float16)high[i];
+    float* to = out + (head + i) * a.latent_dim + begin;
+    store(to, SHUFFLE(u, v, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+    if (is_whole) store(to + kLanes, SHUFFLE(u, v, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+  }
+}
+
+void weigh_all_pairs(const MlaSparse& a, const int32_t* selected, int count, const float* scores, uint32_t* weights, float* out) {
+  const int padded = a.padded_heads(), pairs = (count + 1) / 2;
+  for (int k = 0; k < pairs; k++) {
+    const float* even = scores + 2 * k * padded;
+    for (int h = 0; h < padded; h++) {
+      uint16_t first, second = 0;
+      narrow(even[h], &first);
+      if (2 * k + 1 < count) narrow(even[padded + h], &second);
+      weights[k * padded + h] = first | uint32_t(second) << 16;
+    }
+  }
+  for (int begin = 0; begin < a.latent_dim; begin += 2 * kLanes) {
+    int head = 0;
+    for (; head + 8 <= padded; head += 8) weigh_pairs<8>(a, selected, head, begin, count, weights, out);
+    for (; head < padded; head += 4) weigh_pairs<4>(a, selected, head, begin, count, weights, out);
+  }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------- chunks
+
+template <typename Query, typename Latent>
+void attend_chunk(const MlaSparse& a, int64_t token, const int32_t* rows, int count, MlaScratch& s, float* part) {
+  const int padded = a.padded_heads();
+  float* sums = part + 2 * padded;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(Latent) == 2) {
+    if (a.lanes_are_heads()) score_rows_of_heads(a, s.query.data(), rows, count, s.scores.data());
+    else score_rows<Query, Latent>(a, token, rows, count, s.scores.data());
+    soften(s.scores.data(), count, padded, true, part, part + padded);
+    return weigh_all_pairs(a, rows, count, s.scores.data(), s.weights.data(), sums);
+  }
+#endif
+  score_rows<Query, Latent>(a, token, rows, count, s.scores.data());
+  soften(s.scores.data(), count, padded, false, part, part + padded);
+  weigh_all<Latent>(a, rows, count, s.scores.data(), sums);
+}
+
+// Chunk `chunk` of a token; pack_query has been called for it.
+void attend_chunk(const MlaSparse& a, int64_t token, int chunk, int count, MlaScratch& s, float* part) {
+  const int32_t* rows = a.selection + token * a.num_selected + chunk * kRowsPerChunk;
+  const int size = std::min(kRowsPerChunk, count - chunk * kRowsPerChunk);
+  if (a.query_is_bf16) {
+    if (a.latents_are_bf16) attend_chunk<uint16_t, uint16_t>(a, token, rows, size, s, part);
+    else attend_chunk<uint16_t, float>(a, token, rows, size, s, part);
+  } else {
+    if (a.latents_are_bf16) attend_chunk<float, uint16_t>(a, token, rows, size, s, part);
+    else attend_chunk<float, float>(a, token, rows, size, s, part);
+  }
+}
+
+void prepare_query(const MlaSparse& a, int64_t token, MlaScratch& s) {
+#if defined(__AVX512BF16__)
+  if (a.lanes_are_heads()) pack_query(a, token, s.query.data());
+#endif
+}
+
+// The chunks of a token, in order -> its output.
+void join_chunks(const MlaSparse& a, int64_t token, int num_chunks, const float* parts) {
+  const int padded = a.padded_heads();
+  const int64_t size = a.part_size();
+  std::vector<float> shares(num_chunks);
+  for (int h = 0; h < a.num_heads; h++) {
+    float peak = parts[h], total = 0.0f;
+    for (int c = 1; c < num_chunks; c++) peak = std::max(peak, parts[c * size + h]);
+    for (int c = 0; c < num_chunks; c++) {
+      shares[c] = std::exp(parts[c * size + h] - peak);
+      total += shares[c] * parts[c * size + padded + h];
+    }
+    const int64_t place = (token * a.num_heads + h) * a.latent_dim;
+    for (int d = 0; d < a.latent_dim; d += kLanes) {
+      Float16 sum{};
+      for (int c = 0; c < num_chunks; c++) sum += load(parts + c * size + 2 * padded + h * a.latent_dim + d) * shares[c];
+      sum = sum / total;
+      if (a.query_is_bf16) store(static_cast<uint16_t*>(a.output) + place + d, sum);
+      else store(static_cast<float*>(a.output) + place + d, sum);
     }
   }
 }
 
-// Part `part` of the weighted sum: four heads and 64 dims.
-template <typename Query, typename Latent>
-void weigh_part(const MlaSparse& a, int64_t token, int part, int count, const float* weights) {
-  const int chunks = (a.latent_dim + kValueVectors * kLanes - 1) / (kValueVectors * kLanes);
-  const int head = part / chunks * kHeads, begin = part % chunks * kValueVectors * kLanes;
-  switch (std::min(kValueVectors, (a.latent_dim - begin) / kLanes)) {
-    case 4: return weigh<4, Query, Latent>(a, token, head, begin, count, weights);
-    case 3: return weigh<3, Query, Latent>(a, token, head, begin, count, weights);
-    case 2: return weigh<2, Query, Latent>(a, token, head, begin, count, weights);
-    default: return weigh<1, Query, Latent>(a, token, head, begin, count, weights);
+void mla_sparse_all(const MlaSparse& a) {
+  const int max_chunks = int((a.num_selected + kRowsPerChunk - 1) / kRowsPerChunk);
+  if (a.num_tokens == 1) {  // one token: share its chunks
+    const int count = a.count(0), num_chunks = (count + kRowsPerChunk - 1) / kRowsPerChunk;
+    std::vector<float> parts(size_t(num_chunks) * a.part_size());
+    for_each_task(num_chunks, [&](int64_t chunk) {
+      MlaScratch scratch(a);
+      prepare_query(a, 0, scratch);
+      attend_chunk(a, 0, int(chunk), count, scratch, &parts[chunk * a.part_size()]);
+    });
+    return join_chunks(a, 0, num_chunks, parts.data());
   }
-}
-
-int num_weigh_parts(const MlaSparse& a) {
-  return (a.num_heads + kHeads - 1) / kHeads * ((a.latent_dim + kValueVectors * kLanes - 1) / (kValueVectors * kLanes));
-}
-
-// Calls f<Query, Latent>() for the types at hand.
-template <typename F>
-void with_types(const MlaSparse& a, F f) {
-  if (a.query_is_bf16) {
-    if (a.latents_are_bf16) f(uint16_t{}, uint16_t{});
-    else f(uint16_t{}, float{});
-  } else {
-    if (a.latents_are_bf16) f(float{}, uint16_t{});
-    else f(float{}, float{});
-  }
-}
-
-void mla_score_rows(const MlaSparse& a, int64_t token, int begin, int end, float* scores) {
-  with_types(a, [&](auto q, auto l) { score_rows<decltype(q), decltype(l)>(a, token, begin, end, scores); });
-}
-
-void mla_weigh_part(const MlaSparse& a, int64_t token, int part, int count, const float* weights) {
-  with_types(a, [&](auto q, auto l) { weigh_part<decltype(q), decltype(l)>(a, token, part, count, weights); });
-}
-
-void mla_sparse_tokens(const MlaSparse& a, int64_t first, int64_t last) {
-  const int padded = (a.num_heads + kHeads - 1) / kHeads * kHeads;
-  std::vector<float> scores(size_t(a.num_selected) * padded);
-  for (int64_t token = first; token < last; token++) {
-    const int count = a.count(token);
-    mla_score_rows(a, token, 0, count, scores.data());
-    softmax_rows(scores.data(), count, padded);
-    for (int part = 0; part < num_weigh_parts(a); part++) mla_weigh_part(a, token, part, count, scores.data());
-  }
+  for_each_run(a.num_tokens, 4, [&](int64_t first, int64_t last) {
+    MlaScratch scratch(a);
+    scratch.parts.resize(size_t(max_chunks) * a.part_size());
+    for (int64_t token = first; token < last; token++) {
+      const int count = a.count(token), num_chunks = (count + kRowsPerChunk - 1) / kRowsPerChunk;
+      prepare_query(a, token, scratch);
+      for (int c = 0; c < num_chunks; c++) attend_chunk(a, token, c, count, scratch, &scratch.parts[c * a.part_size()]);
+      join_chunks(a, token, num_chunks, scratch.parts.data());
+    }
+  });
 }
 
 }  // namespace

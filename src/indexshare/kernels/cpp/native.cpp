@@ -1,37 +1,107 @@
-// The operations that are worth it, as torch operators of one instruction set: INDEXSHARE_OPERATORS is their namespace.
-// Python checks shapes and types (kernels/native.py); work is split over torch's own threads, so there is one pool.
+// The kernels as torch operators of one instruction set: INDEXSHARE_OPERATORS is their namespace.
+// Python checks shapes and types; structures travel as bytes whose fields are mirrored there (kernels/packed.py, model/native.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
+#include <cmath>
 
 #include "index_select.h"
+#include "layer.h"
+#include "linear.h"
 #include "mla_sparse.h"
+#include "moe.h"
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 namespace {
 
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
-template <typename F>
-void split(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, f);
+template <typename T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+void widen_rows(const Tensor& x, float* y) {
+  for_each_run(x.numel(), 1 << 14, [&](int64_t first, int64_t last) {
+    if (is_bf16(x)) for (int64_t i = first; i < last; i++) y[i] = widen(data<uint16_t>(x)[i]);
+    else memcpy(y + first, data<float>(x) + first, (last - first) * sizeof(float));
+  });
+}
+
+void narrow_rows(const float* x, const Tensor& y) {
+  for_each_run(y.numel(), 1 << 14, [&](int64_t first, int64_t last) {
+    if (is_bf16(y)) narrow_row(x + first, last - first, mutable_data<uint16_t>(y) + first);
+    else memcpy(mutable_data<float>(y) + first, x + first, (last - first) * sizeof(float));
+  });
+}
+
+// One engine thread at a time runs layers: they share this memory.
+Arena& arena() {
+  static Arena shared;
+  return shared;
+}
+
+int64_t structure_size(int64_t which) { return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : sizeof(Geometry); }
+
+// matrix: the structure, whose data and scales are not read. weight in the format's own numbers -> packed bytes.
+void pack_weight(const Tensor& weight, const Tensor& matrix, const Tensor& packed) {
+  const Matrix& m = *data<Matrix>(matrix);
+  uint8_t* out = mutable_data<uint8_t>(packed);
+  switch (m.format) {
+    case kFp32: return pack_numbers(data<uint32_t>(weight), m, out);
+    case kBf16: return pack_numbers(data<uint16_t>(weight), m, out);
+    case kInt4: return pack_nibbles(data<uint8_t>(weight), m, out);
+    default: return pack_numbers(data<uint8_t>(weight), m, out);
+  }
+}
+
+int64_t packed_bytes(const Tensor& matrix) {
+  const Matrix& m = *data<Matrix>(matrix);
+  return m.num_blocks() * block_bytes(m);
+}
+
+// x [T, in] -> output [T, out], both BF16 or fp32.
+void linear(const Tensor& x, const Tensor& matrix, const Tensor& output) {
+  const Matrix& m = *data<Matrix>(matrix);
+  std::vector<float> wide(x.numel()), sums(output.numel());
+  widen_rows(x, wide.data());
+  Input rows(wide.data(), x.size(0), m.width);
+  run_jobs({{&m, rows.rows(m), x.size(0), sums.data(), m.num_outputs, kStore}});
+  narrow_rows(sums.data(), output);
+}
+
+void moe_experts(
+    const Tensor& hidden, const Tensor& experts, const Tensor& gates, const Tensor& gate_up, const Tensor& down, int64_t num_experts,
+    const Tensor& output) {
+  const int64_t num_tokens = hidden.size(0), width = hidden.size(1);
+  std::vector<float> wide(hidden.numel()), sums(hidden.numel());
+  widen_rows(hidden, wide.data());
+  Input x(wide.data(), num_tokens, width);
+  Arena memory;
+  Experts run(*data<Matrix>(gate_up), *data<Matrix>(down), num_experts, experts.size(1), num_tokens, data<int64_t>(experts), data<float>(gates));
+  run.add(x, width, sums.data(), memory);
+  narrow_rows(sums.data(), output);
 }
 
 // -> whether a score was NaN. page_table: int64 [P] of the sequence.
 bool index_select(
-    const Tensor& query, const Tensor& weights, const Tensor& keys, const Tensor& page_table, int64_t page_size,
-    int64_t first_row, int64_t context, const Tensor& selection) {
+    const Tensor& query, const Tensor& weights, const Tensor& keys, const Tensor& page_table, int64_t page_size, int64_t first_row,
+    int64_t context, const Tensor& selection) {
   IndexSelect a{};
   a.query = query.data_ptr();
   a.query_is_bf16 = is_bf16(query);
-  a.weights = static_cast<const float*>(weights.data_ptr());
+  a.weights = data<float>(weights);
   a.keys = keys.data_ptr();
   a.keys_are_bf16 = is_bf16(keys);
-  a.page_table = page_table.numel() ? static_cast<const int64_t*>(page_table.data_ptr()) : nullptr;
+  a.page_table = page_table.numel() ? data<int64_t>(page_table) : nullptr;
   a.page_size = page_size;
   a.first_row = first_row;
   a.num_queries = query.size(0);
@@ -39,38 +109,9 @@ bool index_select(
   a.num_heads = int(query.size(1));
   a.dim = int(query.size(2));
   a.topk = int(selection.size(1));
-  a.selection = static_cast<int32_t*>(selection.data_ptr());
+  a.selection = mutable_data<int32_t>(selection);
   a.selection_stride = selection.size(1);
-
-  const int64_t num_threads = torch::stable::get_num_threads();
-  std::atomic<bool> is_nan{false};
-  if (a.num_queries <= kQueriesPerTile && context > a.topk) {  // too few queries to share: share the keys
-    const int64_t blocks = (context + kKeysPerBlock - 1) / kKeysPerBlock;
-    const int64_t parts = std::min(num_threads, std::max<int64_t>(1, context / (2 * a.topk)));
-    std::vector<float> scores(size_t(parts * a.num_queries) * a.topk);
-    std::vector<int32_t> positions(scores.size()), counts(parts * a.num_queries);
-    split(parts, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; part++) {
-        const int64_t begin = blocks * part / parts * kKeysPerBlock;
-        const int64_t end = std::min(context, blocks * (part + 1) / parts * kKeysPerBlock);
-        const size_t place = size_t(part) * a.num_queries;
-        if (index_select_part(a, begin, end, &scores[place * a.topk], &positions[place * a.topk], &counts[place])) is_nan = true;
-      }
-    });
-    index_select_join(a, int(parts), scores.data(), positions.data(), counts.data());
-  } else {
-    // Later queries see more keys: tiles are dealt out in turn, so that threads end together.
-    const int64_t tiles = (a.num_queries + kQueriesPerTile - 1) / kQueriesPerTile;
-    split(num_threads, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; thread++) {
-        for (int64_t tile = thread; tile < tiles; tile += num_threads) {
-          const int64_t begin = tile * kQueriesPerTile;
-          if (index_select_queries(a, begin, std::min(begin + kQueriesPerTile, a.num_queries))) is_nan = true;
-        }
-      }
-    });
-  }
-  return is_nan;
+  return index_select_all(a);
 }
 
 void mla_sparse(const Tensor& query, const Tensor& latents, const Tensor& selection, double scale, const Tensor& output) {
@@ -79,7 +120,7 @@ void mla_sparse(const Tensor& query, const Tensor& latents, const Tensor& select
   a.query_is_bf16 = is_bf16(query);
   a.latents = latents.data_ptr();
   a.latents_are_bf16 = is_bf16(latents);
-  a.selection = static_cast<const int32_t*>(selection.data_ptr());
+  a.selection = data<int32_t>(selection);
   a.num_tokens = query.size(0);
   a.num_selected = selection.size(1);
   a.num_heads = int(query.size(1));
@@ -87,25 +128,64 @@ void mla_sparse(const Tensor& query, const Tensor& latents, const Tensor& select
   a.latent_dim = int(output.size(2));
   a.scale = float(scale);
   a.output = output.data_ptr();
+  mla_sparse_all(a);
+}
 
-  const int64_t num_threads = torch::stable::get_num_threads();
-  if (a.num_tokens >= num_threads) {
-    split(a.num_tokens, [&](int64_t first, int64_t last) { mla_sparse_tokens(a, first, last); });
-    return;
+// positions int64 [T] -> cos and sin fp32 [T, rope/2]; angles in fp64, as the specification has them.
+void rope_table(const Tensor& positions, double theta, const Tensor& cos, const Tensor& sin) {
+  const int64_t half = cos.size(1);
+  std::vector<double> frequencies(half);
+  for (int64_t i = 0; i < half; i++) frequencies[i] = std::pow(theta, -double(2 * i) / double(2 * half));
+  for_each_run(positions.numel(), 64, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      for (int64_t i = 0; i < half; i++) {
+        const double angle = double(data<int64_t>(positions)[t]) * frequencies[i];
+        mutable_data<float>(cos)[t * half + i] = float(std::cos(angle));
+        mutable_data<float>(sin)[t * half + i] = float(std::sin(angle));
+      }
+    }
+  });
+}
+
+// hidden [T, D] is replaced by what the layers make of it. caches: int64 [layers, 2], addresses of latents and index keys.
+// selections [n, T, K]: with n > 1 each layer that runs its indexer writes a new one, else the next replaces the last.
+// -> 1 + the number of the first layer with a NaN score, or 0.
+int64_t run_layers(
+    const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& starts, const Tensor& contexts,
+    const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, bool cache_is_bf16,
+    bool query_only, const Tensor& selections) {
+  Step step{};
+  step.geometry = data<Geometry>(geometry);
+  step.num_tokens = hidden.size(0);
+  step.num_sequences = contexts.size(0);
+  step.starts = data<int64_t>(starts);
+  step.contexts = data<int64_t>(contexts);
+  step.page_table = data<int64_t>(page_table);
+  step.pages_per_sequence = page_table.size(1);
+  step.page_size = page_size;
+  step.cos = data<float>(cos);
+  step.sin = data<float>(sin);
+  step.cache_is_bf16 = cache_is_bf16;
+  step.query_only = query_only;
+  step.num_selected = selections.size(2);
+  const int64_t num_layers = layers.numel() / int64_t(sizeof(Layer)), one_selection = step.num_tokens * step.num_selected;
+  std::vector<float> stream(hidden.numel());
+  widen_rows(hidden, stream.data());
+  int64_t next = 0;
+  for (int64_t i = 0; i < num_layers; i++) {
+    const Layer& layer = data<Layer>(layers)[i];
+    if (layer.index_query.data != nullptr && !query_only) {
+      step.selection = mutable_data<int32_t>(selections) + (selections.size(0) > 1 ? next++ : 0) * one_selection;
+    } else if (step.selection == nullptr) {
+      step.selection = mutable_data<int32_t>(selections);
+    }
+    const int64_t* pools = data<int64_t>(caches) + 2 * i;
+    LayerRun run(
+        layer, step, {reinterpret_cast<void*>(pools[0]), cache_is_bf16}, {reinterpret_cast<void*>(pools[1]), cache_is_bf16}, arena());
+    if (run.run(stream.data())) return i + 1;
   }
-  const int padded = (a.num_heads + kHeads - 1) / kHeads * kHeads;
-  std::vector<float> scores(size_t(a.num_selected) * padded);
-  for (int64_t token = 0; token < a.num_tokens; token++) {
-    const int count = a.count(token);
-    const int pieces = (count + 63) / 64;
-    split(pieces, [&](int64_t first, int64_t last) {
-      mla_score_rows(a, token, int(first * 64), int(std::min<int64_t>(last * 64, count)), scores.data());
-    });
-    softmax_rows(scores.data(), count, padded);
-    split(num_weigh_parts(a), [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; part++) mla_weigh_part(a, token, int(part), count, scores.data());
-    });
-  }
+  narrow_rows(stream.data(), hidden);
+  return 0;
 }
 
 }  // namespace
@@ -114,13 +194,32 @@ void mla_sparse(const Tensor& query, const Tensor& latents, const Tensor& select
 #define IMPLEMENTATIONS_OF(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
 
 LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
+  m.def("structure_size(int which) -> int");
+  m.def("pack(Tensor weight, Tensor matrix, Tensor(a!) packed) -> ()");
+  m.def("packed_bytes(Tensor matrix) -> int");
+  m.def("linear(Tensor x, Tensor matrix, Tensor(a!) output) -> ()");
+  m.def(
+      "moe_experts(Tensor hidden, Tensor experts, Tensor gates, Tensor gate_up, Tensor down, int num_experts, "
+      "Tensor(a!) output) -> ()");
   m.def(
       "index_select(Tensor query, Tensor weights, Tensor keys, Tensor page_table, int page_size, int first_row, "
       "int context, Tensor(a!) selection) -> bool");
   m.def("mla_sparse(Tensor query, Tensor latents, Tensor selection, float scale, Tensor(a!) output) -> ()");
+  m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
+  m.def(
+      "run_layers(Tensor geometry, Tensor layers, Tensor(a!) hidden, Tensor starts, Tensor contexts, Tensor page_table, "
+      "int page_size, Tensor cos, Tensor sin, Tensor caches, bool cache_is_bf16, bool query_only, Tensor(b!) selections) -> int");
 }
 
 IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
+  m.impl("pack", TORCH_BOX(&pack_weight));
+  m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("moe_experts", TORCH_BOX(&moe_experts));
   m.impl("index_select", TORCH_BOX(&index_select));
   m.impl("mla_sparse", TORCH_BOX(&mla_sparse));
+  m.impl("rope_table", TORCH_BOX(&rope_table));
+  m.impl("run_layers", TORCH_BOX(&run_layers));
 }
+#define CATCH_ALL_OF(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CompositeExplicitAutograd, m)
+CATCH_ALL_OF(INDEXSHARE_OPERATORS, m) { m.impl("structure_size", TORCH_BOX(&structure_size)); }

@@ -41,6 +41,24 @@ ALWAYS_INLINE Float16 load(const uint16_t* p) {
   return reinterpret_cast<Float16&>(bits);
 }
 
+ALWAYS_INLINE Float16 larger(Float16 a, Float16 b) { return a > b ? a : b; }
+
+// Lane l of the result is lane (l + by) % 16.
+ALWAYS_INLINE Float16 turn_lanes(Float16 x, int by) {
+  float twice[2 * kLanes];
+  store(twice, x);
+  store(twice + kLanes, x);
+  return load(twice + by);
+}
+
+// The first `count` numbers, then zeros.
+template <typename Number>
+ALWAYS_INLINE Float16 load_part(const Number* p, int count) {
+  Number part[kLanes] = {};
+  for (int i = 0; i < count; i++) part[i] = p[i];
+  return load(part);
+}
+
 // Rounds to nearest, ties to even; NaN stays NaN.
 ALWAYS_INLINE void narrow(float x, uint16_t* y) {
   uint32_t bits;
@@ -48,6 +66,52 @@ ALWAYS_INLINE void narrow(float x, uint16_t* y) {
   *y = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 ALWAYS_INLINE void narrow(float x, float* y) { *y = x; }
+
+// Sixteen of them. NaN stays NaN, as above.
+ALWAYS_INLINE void store(uint16_t* p, Float16 x) {
+  const Word16 bits = reinterpret_cast<const Word16&>(x);
+  const Word16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Half16 halves = __builtin_convertvector(x == x ? rounded : Word16{} + 0x7fc0u, Half16);
+  *reinterpret_cast<Half16*>(p) = halves;
+}
+
+ALWAYS_INLINE Float16 round_to_bf16(Float16 x) {
+  uint16_t halves[kLanes];
+  store(halves, x);
+  return load(halves);
+}
+
+template <typename Number>
+void narrow_row(const float* x, int64_t count, Number* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i));
+  for (; i < count; i++) narrow(x[i], y + i);
+}
+
+// The low bytes of sixteen integers.
+ALWAYS_INLINE void store(int8_t* p, Int16 v) {
+  typedef int8_t Byte16 __attribute__((vector_size(16), aligned(1), may_alias));
+  *reinterpret_cast<Byte16*>(p) = __builtin_convertvector(v, Byte16);
+}
+
+// e^x within 2 units of the last place for x from -87 to 88; below that the smallest of these.
+ALWAYS_INLINE Float16 exponential(Float16 x) {
+  x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
+  const Float16 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number of powers of two
+  const Float16 whole = shifted - 12582912.0f;
+  const Float16 r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Float16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Int16 power = (reinterpret_cast<const Int16&>(shifted) - 0x4b400000 + 127) << 23;
+  return y * reinterpret_cast<const Float16&>(power);
+}
+
+ALWAYS_INLINE Float16 sigmoid(Float16 x) { return 1.0f / (1.0f + exponential(-x)); }
+ALWAYS_INLINE Float16 silu(Float16 x) { return x * sigmoid(x); }
 
 // NaN in x stays: a comparison with NaN is false.
 ALWAYS_INLINE Float16 relu(Float16 x) { return x < 0.0f ? Float16{} : x; }
