@@ -7,6 +7,7 @@ import torch
 from tolerances import assert_near, relative_error
 
 from indexshare.kernels import ops
+from indexshare.kernels.formats import QuantizedWeight
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -118,7 +119,8 @@ def test_linear_multiplies_fp8_blocks_by_their_scale(dtype: torch.dtype, num_row
         for column in range(0, num_columns, 128):
             block = weight[row, column : column + 128].double()
             wide[row, column : column + 128] = block * float(scale_inv[row // 128, column // 128])
-    result = ops.linear(x, weight, scale_inv)
+    quantized = QuantizedWeight(format="fp8", data=weight, scales=scale_inv, group_size=128, shape=tuple(weight.shape))
+    result = ops.linear(x, quantized)
     assert result.dtype == dtype
     assert_near(result, x.double() @ wide.T)
 

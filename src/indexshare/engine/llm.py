@@ -141,7 +141,7 @@ class LLM:
         self._directory = directory
         self._generation = generation or GenerationConfig()
         self.load_report = load_report
-        weight = model.lm_head.weight
+        weight = model.model.embed_tokens.weight  # never quantised
         self.device, self.dtype = weight.device, weight.dtype
 
     @property

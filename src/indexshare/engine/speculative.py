@@ -88,7 +88,7 @@ class SpeculativeSession(Session):
         self.statistics = DraftStatistics()
         # The MTP layer's rows lag behind: row i needs token i + 1. Rows below _waiting_from are written; _waiting
         # [m, hidden_size] holds the hidden states of the m tokens from there on.
-        self._nothing = model.lm_head.weight.new_empty(0, model.config.hidden_size)
+        self._nothing = model.model.embed_tokens.weight.new_empty(0, model.config.hidden_size)
         self._waiting = self._nothing
         self._waiting_from = 0
 

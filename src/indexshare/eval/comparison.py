@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from indexshare.kernels import registry
+from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.layout import KeyLayout
 
 QUERY_TILE = 64
@@ -24,6 +25,8 @@ def wide(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.detach()
         return value.to("cpu", torch.float64, copy=True) if value.is_floating_point() else value.cpu()
+    if isinstance(value, QuantizedWeight):
+        return value.to("cpu")
     if isinstance(value, KeyLayout):
         return replace(value, page_table=None if value.page_table is None else value.page_table.cpu())
     if isinstance(value, (list, tuple)):

@@ -33,7 +33,7 @@ from indexshare.eval.documents import Document, Library, Needle
 from indexshare.eval.retrieval import TALK_TOKENS, Answer, ask
 from indexshare.kernels import registry
 from indexshare.model.config import GlmConfig
-from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.glm import GlmForCausalLM, assign_weights, weights_of
 
 DECODE_TOKENS = 32
 
@@ -81,14 +81,14 @@ def indexer_in_every_layer(llm: LLM) -> LLM:
     every = config.to_json_dict() | {"indexer_types": None, "index_topk_pattern": "F" * config.num_hidden_layers}
     with torch.device("meta"):
         model = GlmForCausalLM(GlmConfig.from_json({key: value for key, value in every.items() if value is not None}))
-    tensors = llm.model.state_dict()
+    weights = weights_of(llm.model)
     owner = 0
     for layer in range(config.num_hidden_layers):
         owner = layer if config.is_full(layer) else owner
         source, target = f"model.layers.{owner}.self_attn.indexer.", f"model.layers.{layer}.self_attn.indexer."
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith(source)}
-        tensors |= {target + name.removeprefix(source): tensor for name, tensor in found.items()}
-    model.load_state_dict(tensors, assign=True)
+        found = {name: weight for name, weight in weights.items() if name.startswith(source)}
+        weights |= {target + name.removeprefix(source): weight for name, weight in found.items()}
+    assign_weights(model, weights)
     return LLM(model, tokenizer=llm.tokenizer, template=ChatTemplate.from_directory(llm.directory))
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from indexshare import runtime
 from indexshare.errors import KernelError
+from indexshare.kernels.formats import QuantizedWeight, multiply
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.registry import operation
 
@@ -81,15 +82,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @operation
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    """x [..., in] @ weight [out, in]^T -> [..., out] in x's dtype.
-
-    weight FP8 E4M3 with scale_inv fp32 [ceil(out/128), ceil(in/128)]: each 128x128 block is *multiplied* by its scale.
-    """
-    if scale_inv is not None:
-        blocks = scale_inv.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
-        weight = (weight.to(torch.float32) * blocks).to(x.dtype)
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    """x [..., in] @ weight [out, in]^T -> [..., out] in x's dtype; for a quantised weight see `formats.multiply`."""
+    return multiply(x, weight, _workspace_bytes()) if isinstance(weight, QuantizedWeight) else F.linear(x, weight)
 
 
 @operation
@@ -388,19 +383,31 @@ def moe_route(
 
 
 @operation
-def moe_experts(hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_experts(
+    hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight
+) -> Tensor:
     """sum_a gates[t, a] * down_e(silu(gate_e x) * up_e x) with e = experts[t, a]; tokens grouped by expert.
 
     hidden [T, D], experts int64 [T, A], gates [T, A], gate_up [E, 2F, D] (gate first), down [E, D, F] -> [T, D].
+    Each product is that of `linear`, quantised weights included: the inputs of `down` are rounded anew.
     """
     num_chosen = experts.shape[1]
     order = experts.flatten().argsort(stable=True)
     tokens = order // num_chosen
     counts = experts.flatten().bincount(minlength=gate_up.shape[0]).tolist()
     grouped = hidden.index_select(0, tokens).split(counts)
-    outputs = [F.linear(swiglu(F.linear(rows, gate_up[e])), down[e]) for e, rows in enumerate(grouped) if counts[e]]
+    outputs = [
+        _expert_linear(swiglu(_expert_linear(rows, gate_up, e)), down, e) for e, rows in enumerate(grouped) if counts[e]
+    ]
     scaled = torch.cat(outputs) * gates.flatten()[order, None].to(hidden.dtype)
     return torch.zeros_like(hidden).index_add(0, tokens, scaled.to(hidden.dtype))
+
+
+def _expert_linear(x: Tensor, weight: Tensor | QuantizedWeight, expert: int) -> Tensor:
+    """x [n, in] times the [out, in] weight of one expert, as in `linear`."""
+    if isinstance(weight, QuantizedWeight):
+        return multiply(x, weight.expert(expert), _workspace_bytes())
+    return F.linear(x, weight[expert])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ Sources: released config and tensors of GLM-5.2; GLM-5 (arXiv 2602.15763) for ML
 (arXiv 2603.12201) for sharing. `docs/indexshare.md` has the mathematics.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from indexshare.kernels import ops
+from indexshare.kernels.formats import QuantizedWeight
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 
@@ -30,7 +33,7 @@ class RopeTable:
 
 
 class Linear(nn.Module):
-    """A weight [out, in] without bias."""
+    """A weight [out, in] without bias; in a quantised model `assign_weights` puts a QuantizedWeight in its place."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -178,7 +181,7 @@ class Attention(nn.Module):
         return torch.einsum("thc,hvc->thv", attended, kv_b[:, config.qk_nope_head_dim :])
 
     def _kv_b(self) -> Tensor:
-        """kv_b_proj as [H, N + V, C]."""
+        """kv_b_proj as [H, N + V, C]. It is never quantised: it is small, and absorption uses it in two directions."""
         return self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
 
     def _absorb(self, query_THQ: Tensor) -> Tensor:
@@ -232,7 +235,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked; gate rows before up rows."""
+    """All routed experts of a layer, stacked; gate rows before up rows. Quantised as in `Linear`."""
 
     def __init__(self, config: GlmConfig) -> None:
         super().__init__()
@@ -376,3 +379,27 @@ class GlmForCausalLM(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
                 spread = self.config.initializer_range * (depth_scale if into_residual else 1.0)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
+    """What `state_dict` gives, and quantised weights under the names of the parameters they replaced; no copies."""
+    weights: dict[str, Tensor | QuantizedWeight] = dict(module.state_dict(keep_vars=True))
+    for place, part in module.named_modules():
+        found = {name: value for name, value in vars(part).items() if isinstance(value, QuantizedWeight)}
+        weights |= {f"{place}.{name}" if place else name: value for name, value in found.items()}
+    return weights
+
+
+def assign_weights(module: nn.Module, weights: Mapping[str, Tensor | QuantizedWeight]) -> None:
+    """Give a module all its weights, by name, without copies: the inverse of `weights_of`."""
+    plain: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor):
+            plain[name] = weight
+        else:
+            place, _, attribute = name.rpartition(".")
+            part = module.get_submodule(place)
+            assert weight.shape == tuple(getattr(part, attribute).shape), name
+            delattr(part, attribute)  # a parameter, which nn.Module would not let another type replace
+            setattr(part, attribute, weight)
+    module.load_state_dict(plain, assign=True)
