@@ -32,10 +32,10 @@ from indexshare.engine.sampler import SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
 from indexshare.errors import CheckpointError, RequestError
-from indexshare.kernels import native
 from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.native import pack_model
 from indexshare.model.weights import LoadReport, load_checkpoint
 
 CHAT_MAX_NEW_TOKENS = 1024
@@ -79,8 +79,6 @@ def load(
     """
     runtime.set_threads(threads)
     torch_device = runtime.resolve_device(device)
-    if torch_device.type == "cpu":
-        native.enable()
     torch_dtype = runtime.resolve_dtype(dtype)
     directory = resolve_model(model)
     check_text_files(directory)
@@ -93,6 +91,8 @@ def load(
         latent_norm_eps=latent_norm_eps,
         strict=strict,
     )
+    if torch_device.type == "cpu":
+        pack_model(weights)
     for remark in report.remarks():
         warnings.warn(f"{directory}: {remark}", stacklevel=2)
     has_tokenizer = (directory / "tokenizer.json").is_file()

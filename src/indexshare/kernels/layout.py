@@ -94,6 +94,11 @@ class KeyLayout:
         return pool.index_select(0, self._rows[sequence][start:stop].to(pool.device))
 
     @cached_property
+    def starts_and_contexts(self) -> Tensor:
+        """int64 [2B + 1]: sequence_starts, then context_lengths."""
+        return torch.tensor((*self.sequence_starts, *self.context_lengths))
+
+    @cached_property
     def new_rows(self) -> Tensor:
         """int64 [T]: the pool row that each new token is written to."""
         return torch.cat([self._rows[b][self.num_past(b) :] for b in range(self.num_sequences)])

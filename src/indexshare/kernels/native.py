@@ -31,6 +31,7 @@ from indexshare import runtime
 from indexshare.errors import ConfigError, KernelError
 from indexshare.kernels import ops, registry
 from indexshare.kernels.layout import KeyLayout
+from indexshare.kernels.packed import LANES, PackedWeight
 
 NAME = "c++"
 SOURCES = Path(__file__).parent / "cpp"
@@ -69,6 +70,9 @@ def register(isa: str) -> None:
     name = NAME if isa == instruction_set() else f"{NAME} {isa}"
     registry.register("index_select", _index_select_twin(name, operators))
     registry.register("mla_sparse", _mla_sparse_twin(name, operators))
+    registry.register("linear", _linear_twin(name, operators))
+    registry.register("moe_experts", _moe_experts_twin(name, operators))
+    registry.register("rope_table", _rope_table_twin(name, operators))
 
 
 def instruction_set() -> str:
@@ -242,8 +246,8 @@ def _index_select_twin(name: str, operators: Any) -> registry.Twin:
 
 def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
     def supports(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> str | None:
-        if query.shape[-1] % 16 or latent_dim % 16:
-            return f"widths of {query.shape[-1]} and {latent_dim} are not multiples of 16"
+        if query.shape[-1] % 2 or latent_dim % LANES:
+            return f"widths of {query.shape[-1]} and {latent_dim} are no multiples of 2 and of {LANES}"
         return _refusal(query, latents) if selection.is_contiguous() else "the selection is not contiguous"
 
     def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
@@ -252,3 +256,52 @@ def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
         return attended
 
     return registry.Twin(name=name, devices=("cpu",), function=mla_sparse, supports=supports)
+
+
+def _linear_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(x: Tensor, weight: ops.Weight) -> str | None:
+        return _refusal(x.contiguous()) if isinstance(weight, PackedWeight) else "the weight is not packed"
+
+    def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        output = x.new_empty(len(rows), weight.shape[0])
+        operators.linear(rows, weight.descriptor, output)
+        return output.view(*x.shape[:-1], -1)
+
+    return registry.Twin(name=name, devices=("cpu",), function=linear, supports=supports)
+
+
+def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: ops.Weight, down: ops.Weight) -> str | None:
+        if not (isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)):
+            return "the weights are not packed"
+        if gates.dtype != torch.float32 or not experts.is_contiguous():
+            return "gates must be float32 and experts contiguous"
+        return _refusal(hidden, gates)
+
+    def moe_experts(
+        hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: PackedWeight, down: PackedWeight
+    ) -> Tensor:
+        output = torch.empty_like(hidden)
+        operators.moe_experts(
+            hidden, experts, gates, gate_up.descriptor, down.descriptor, gate_up.shape[0], output
+        )
+        return output
+
+    return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports)
+
+
+def _rope_table_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(positions: Tensor, rope_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> str | None:
+        if positions.device.type != "cpu" or dtype != torch.float32 or not positions.is_contiguous():
+            return f"positions on {positions.device}, a table of {dtype}"
+        return None
+
+    def rope_table(
+        positions: Tensor, rope_dim: int, theta: float, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        table = torch.empty(2, len(positions), rope_dim // 2)
+        operators.rope_table(positions, theta, table[0], table[1])
+        return table[0], table[1]
+
+    return registry.Twin(name=name, devices=("cpu",), function=rope_table, supports=supports)

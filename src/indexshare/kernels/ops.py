@@ -19,8 +19,10 @@ from indexshare import runtime
 from indexshare.errors import KernelError
 from indexshare.kernels.formats import QuantizedWeight, multiply
 from indexshare.kernels.layout import KeyLayout
+from indexshare.kernels.packed import PackedWeight
 from indexshare.kernels.registry import operation
 
+Weight = Tensor | QuantizedWeight | PackedWeight
 KEY_TILE = 2048
 MAX_GROUP = 32
 CPU_TILE_BYTES = 8 * 2**20  # gathered rows that stay in a processor's cache; larger tiles are slower
@@ -58,6 +60,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
+@operation
 def rope_table(
     positions: Tensor, rope_dim: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -82,8 +85,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @operation
-def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] @ weight [out, in]^T -> [..., out] in x's dtype; for a quantised weight see `formats.multiply`."""
+    weight = weight.plain() if isinstance(weight, PackedWeight) else weight
     return multiply(x, weight, _workspace_bytes()) if isinstance(weight, QuantizedWeight) else F.linear(x, weight)
 
 
@@ -384,13 +388,14 @@ def moe_route(
 
 @operation
 def moe_experts(
-    hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight
+    hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Weight, down: Weight
 ) -> Tensor:
     """sum_a gates[t, a] * down_e(silu(gate_e x) * up_e x) with e = experts[t, a]; tokens grouped by expert.
 
     hidden [T, D], experts int64 [T, A], gates [T, A], gate_up [E, 2F, D] (gate first), down [E, D, F] -> [T, D].
     Each product is that of `linear`, quantised weights included: the inputs of `down` are rounded anew.
     """
+    gate_up, down = (part.plain() if isinstance(part, PackedWeight) else part for part in (gate_up, down))
     num_chosen = experts.shape[1]
     order = experts.flatten().argsort(stable=True)
     tokens = order // num_chosen

@@ -1,6 +1,7 @@
 """Weights in the order in which the C++ kernels read them (cpp/linear.h).
 
-A packed weight replaces the plain one: the bytes are the same in number, and `dequantize` brings the plain form back.
+A packed weight takes the place of the plain one: it holds the same numbers in about as many bytes, and `plain` brings
+the plain form back.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from indexshare.errors import KernelError
+from indexshare.kernels.formats import FP8_BLOCK, QuantizedWeight
 
 LANES = 16
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "fp8": 4}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+FORMATS = {"int8": 2, "int4": 3, "fp8": 4}
+INPUTS_PER_STEP = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2}
 
 
 class Matrix(ctypes.Structure):
@@ -36,43 +40,92 @@ def as_tensor(structure: ctypes.Structure | ctypes.Array[Any]) -> Tensor:
     return torch.frombuffer(bytearray(bytes(structure)), dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedWeight:
-    """A weight [out, in] or a stack of them [E, out, in], packed.
+    """A weight [out, in], or a stack [E, out, in], packed: `data` uint8, `scales` as the format has them.
 
-    data: uint8, the packed numbers; descriptor: the bytes of its Matrix. Both live as long as this object.
+    dtype: that of the plain weight, or its format's name. descriptor: the bytes of `matrix`, for an operator.
     """
 
     data: Tensor
+    scales: Tensor | None
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     matrix: Matrix
     descriptor: Tensor = field(repr=False)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        """Bytes of numbers and scales."""
+        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The plain weight."""
-        outputs, width = self.shape[-2:]
-        pair = 1 if self.dtype == torch.float32 else 2
-        blocks = self.data.view(self.dtype).view(-1, -(-outputs // LANES), -(-width // pair), LANES, pair)
-        plain = blocks.transpose(2, 3).flatten(1, 2).flatten(2)[:, :outputs, :width]
-        return plain.reshape(self.shape).to(dtype)
+    def plain(self) -> Tensor | QuantizedWeight:
+        """The weight as it was before it was packed; a copy."""
+        *leading, num_rows, width = self.shape
+        blocks, inputs = -(-num_rows // LANES), INPUTS_PER_STEP[self.matrix.format]
+        steps = self.data.view(*leading, blocks, -(-width // inputs), LANES, -1)
+        if isinstance(self.dtype, torch.dtype):
+            numbers = steps.view(self.dtype)
+        elif self.dtype == "int4":
+            numbers = torch.cat((steps & 15, steps >> 4), dim=-1)
+        else:
+            numbers = steps
+        rows = numbers.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :num_rows, :width].contiguous()
+        if isinstance(self.dtype, torch.dtype):
+            return rows
+        assert self.scales is not None
+        if self.dtype == "int4":
+            even, odd = rows[..., 0::2], rows[..., 1::2]
+            rows = even | torch.nn.functional.pad(odd, (0, even.shape[-1] - odd.shape[-1])) << 4
+        rows = (rows ^ 128).view(torch.int8) if self.dtype == "int8" else rows
+        if self.dtype == "fp8":
+            scales = self.scales.view(*leading, blocks, -1)[..., :: FP8_BLOCK // LANES, :]
+        else:
+            scales = self.scales.view(*leading, blocks, -1, LANES).transpose(-2, -1).flatten(-3, -2)[..., :num_rows, :]
+        return QuantizedWeight(
+            format=self.dtype,
+            data=rows.view(torch.float8_e4m3fn) if self.dtype == "fp8" else rows,
+            scales=scales.to(torch.float32).contiguous(),
+            group_size=FP8_BLOCK if self.dtype == "fp8" else self.matrix.group,
+            shape=self.shape,
+        )
 
 
-def pack(operators: Any, weight: Tensor) -> PackedWeight:
-    """Pack a BF16 or fp32 weight [out, in] or [E, out, in] that lies on the CPU."""
-    name = str(weight.dtype).removeprefix("torch.")
-    if name not in FORMATS:
-        raise KernelError(f"a weight of {name} cannot be packed; the C++ kernels read {', '.join(FORMATS)}")
-    outputs, width = weight.shape[-2:]
-    matrix = Matrix(num_outputs=outputs, width=width, format=FORMATS[name])
+def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
+    """Pack a weight [out, in] or [E, out, in] that lies on the CPU. Raises KernelError for a dtype without kernels."""
+    *_, num_rows, width = shape = tuple(weight.shape)
+    matrix = Matrix(num_outputs=num_rows, width=width)
+    scales = None
+    if isinstance(weight, QuantizedWeight):
+        dtype: torch.dtype | str = weight.format
+        matrix.format, matrix.group = FORMATS[weight.format], 0 if weight.format == "fp8" else weight.group_size
+        if weight.format == "int4" and weight.group_size % 8:
+            raise KernelError(f"int4 groups of {weight.group_size}: the C++ kernels take multiples of 8")
+        scales = _pack_scales(weight)
+        matrix.scales = scales.data_ptr()
+        rows = weight.data
+    elif weight.dtype in NUMBERS:
+        dtype, matrix.format, rows = weight.dtype, NUMBERS[weight.dtype], weight
+    else:
+        raise KernelError(f"a weight of {weight.dtype} cannot be packed; the C++ kernels read bfloat16 and float32")
     size = operators.packed_bytes(as_tensor(matrix))
-    stack = weight.reshape(-1, outputs, width)
+    stack = rows.reshape(-1, *rows.shape[-2:])
     data = torch.empty(len(stack) * size, dtype=torch.uint8)
     for number, one in enumerate(stack):
         operators.pack(one.contiguous(), as_tensor(matrix), data[number * size : (number + 1) * size])
     matrix.data = data.data_ptr()
-    return PackedWeight(data, tuple(weight.shape), weight.dtype, matrix, as_tensor(matrix))
+    return PackedWeight(
+        data=data, scales=scales, shape=shape, dtype=dtype, matrix=matrix, descriptor=as_tensor(matrix)
+    )
+
+
+def _pack_scales(weight: QuantizedWeight) -> Tensor:
+    """fp8: fp32 [.., out/16, groups]; else BF16 [.., out/16, groups, 16], which holds these scales exactly."""
+    blocks = -(-weight.shape[-2] // LANES)
+    if weight.format == "fp8":
+        return weight.scales.repeat_interleave(FP8_BLOCK // LANES, -2)[..., :blocks, :].contiguous()
+    padded = torch.nn.functional.pad(weight.scales, (0, 0, 0, blocks * LANES - weight.shape[-2]))
+    scales = padded.unflatten(-2, (blocks, LANES)).transpose(-2, -1).to(torch.bfloat16).contiguous()
+    if not torch.equal(scales.to(torch.float32), padded.unflatten(-2, (blocks, LANES)).transpose(-2, -1)):
+        raise KernelError("the scales of an integer weight must be numbers that bfloat16 has")
+    return scales

@@ -42,7 +42,8 @@ class Twin:
 class Operation(Generic[Arguments, Result]):
     """A specification with its twins; calling it runs the best one that can take the call."""
 
-    def __init__(self, specification: Callable[Arguments, Result]) -> None:
+    def __init__(self, specification: Callable[Arguments, Result], *, composite: bool = False) -> None:
+        self.composite = composite
         self.name = specification.__name__
         self.specification = specification
         self.twins: list[Twin] = []
@@ -51,11 +52,13 @@ class Operation(Generic[Arguments, Result]):
         self.__wrapped__ = specification
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if self.composite and _watchers:
+            return self.specification(*args, **kwargs)
         name, function = self._choose(args, kwargs)
         hits[self.name, name] += 1
         if _watchers:
             return _watchers[-1](Call(operation=self, twin=name, function=function, args=args, kwargs=kwargs))
-        if not _timing_depth:
+        if not _timing_depth or self.composite:
             return function(*args, **kwargs)
         begin = time.perf_counter()
         result = function(*args, **kwargs)
@@ -82,6 +85,24 @@ def operation(specification: Callable[Arguments, Result]) -> Operation[Arguments
     assert created.name not in _operations, f"operation {created.name} is registered twice"
     _operations[created.name] = created
     return created
+
+
+def composite(specification: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
+    """Decorator: an operation made of other operations. Who watches or times operations sees those."""
+    created = Operation(specification, composite=True)
+    _operations[created.name] = created
+    return created
+
+
+def add_seconds(spent: dict[str, float]) -> None:
+    """What the twin of a composite operation counted for the operations in it."""
+    for name, value in spent.items():
+        seconds[name] += value
+
+
+def is_timing() -> bool:
+    """Whether somebody wants to know the seconds."""
+    return _timing_depth > 0
 
 
 def register(operation_name: str, twin: Twin) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from indexshare.kernels.layout import KeyLayout
@@ -30,14 +31,28 @@ class CacheView:
 
     latents: tuple[Tensor, ...]
     index_keys: tuple[Tensor | None, ...]
+    _addresses: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.latents[0].dtype
+
+    def addresses(self, layers: tuple[int, ...]) -> Tensor:
+        """int64 [layers, 2]: where the latents and the index keys of these layers begin; 0 for no keys."""
+        if layers not in self._addresses:
+            pairs = [(self.latents[i], self.index_keys[i]) for i in layers]
+            self._addresses[layers] = torch.tensor(
+                [(latents.data_ptr(), 0 if keys is None else keys.data_ptr()) for latents, keys in pairs]
+            )
+        return self._addresses[layers]
 
 
 @dataclass(slots=True)
 class Trace:
     """What a caller wants to see of a forward pass; filled by the layers when given.
 
-    selections: rows chosen by each full layer. expert_counts: int64 [E], tokens sent to each expert, by layer.
-    index_losses: one term of the indexer's loss per layer, if the batch trains the indexer.
+    selections: rows chosen by each full layer. In training also expert_counts: int64 [E], tokens sent to each expert,
+    by layer, and index_losses: one term of the indexer's loss per layer, if the batch trains the indexer.
     """
 
     selections: dict[int, Tensor | None] = field(default_factory=dict)

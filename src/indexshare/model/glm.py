@@ -7,12 +7,16 @@ Sources: released config and tensors of GLM-5.2; GLM-5 (arXiv 2602.15763) for ML
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from indexshare.kernels import ops
 from indexshare.kernels.formats import QuantizedWeight
+from indexshare.kernels.packed import PackedWeight
+from indexshare.kernels.registry import composite
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 
@@ -294,6 +298,29 @@ class DecoderLayer(nn.Module):
         return hidden_TD + output, selected
 
 
+@dataclass(slots=True, eq=False)
+class LayerStack:
+    """Layers that run one after the other. packed: their weights as a twin of `decoder_layers` reads them."""
+
+    layers: tuple[DecoderLayer, ...]
+    topk: int
+    packed: Any = None
+
+
+@composite
+def decoder_layers(
+    stack: LayerStack, hidden_TD: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
+) -> tuple[Tensor, Selection]:
+    """Hidden states through all layers. IndexShare is the value `selected` of this loop.
+
+    A full layer replaces it, a shared layer passes it on.
+    """
+    for layer in stack.layers:
+        hidden_TD, selected = layer(hidden_TD, selected, batch, rope)
+    assert selected is not None
+    return hidden_TD, selected
+
+
 class SharedHead(nn.Module):
     """The norm before the borrowed output matrix."""
 
@@ -333,14 +360,15 @@ class GlmForCausalLM(nn.Module):
         self.config = config
         self.model = GlmModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        layers: tuple[Any, ...] = tuple(self.model.layers)
+        self.stack = LayerStack(layers[: config.num_hidden_layers], config.index_topk)
+        self.mtp_stack = LayerStack(layers[config.num_hidden_layers :], config.index_topk)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """token ids -> hidden [T, D] after the final norm. IndexShare is the value `selected` of this loop."""
+        """token ids -> hidden [T, D] after the final norm."""
         hidden = self.model.embed_tokens(batch.token_ids)
         rope = RopeTable(batch.positions, self.config, hidden.dtype)
-        selected: Selection | None = None
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
-            hidden, selected = layer(hidden, selected, batch, rope)
+        hidden, _ = decoder_layers(self.stack, hidden, None, batch, rope)
         return self.model.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -358,11 +386,12 @@ class GlmForCausalLM(nn.Module):
         Later draft steps give `selected`, the choice of the first, and a query-only batch: a draft sees neither itself
         nor other drafted tokens (IndexShare for MTP, GLM-5.2 blog).
         """
-        layer = self.model.layers[-1]
-        assert isinstance(layer, MtpLayer), "this checkpoint has no MTP layer"
+        assert self.mtp_stack.layers, "this checkpoint has no MTP layer"
+        layer = self.mtp_stack.layers[0]
+        assert isinstance(layer, MtpLayer)
         joined = torch.cat((layer.enorm(self.model.embed_tokens(next_token_ids)), layer.hnorm(hidden)), dim=-1)
         rope = RopeTable(batch.positions, self.config, hidden.dtype)
-        output, selected = layer(layer.eh_proj(joined), selected, batch, rope)
+        output, selected = decoder_layers(self.mtp_stack, layer.eh_proj(joined), selected, batch, rope)
         return layer.shared_head.norm(output), selected
 
     @torch.no_grad()
@@ -382,10 +411,13 @@ class GlmForCausalLM(nn.Module):
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
-    """What `state_dict` gives, and quantised weights under the names of the parameters they replaced; no copies."""
+    """What `state_dict` gives, and quantised weights under the names of the parameters they replaced.
+
+    No copies, except of packed weights."""
     weights: dict[str, Tensor | QuantizedWeight] = dict(module.state_dict(keep_vars=True))
     for place, part in module.named_modules():
-        found = {name: value for name, value in vars(part).items() if isinstance(value, QuantizedWeight)}
+        found = {name: value for name, value in vars(part).items() if isinstance(value, QuantizedWeight | PackedWeight)}
+        found = {name: value.plain() if isinstance(value, PackedWeight) else value for name, value in found.items()}
         weights |= {f"{place}.{name}" if place else name: value for name, value in found.items()}
     return weights
 

@@ -22,7 +22,7 @@ struct Layer {
   Norm input_norm, query_norm, latent_norm, key_norm, mlp_norm;
   Matrix q_a, q_b, kv_a, absorb, value, output;  // absorb [heads][latent, nope] and value [heads][value, latent] are stacks
   Matrix index_query, index_key, index_weights;
-  Matrix gate_up, down;  // of the dense MLP or the shared experts, gate and up in alternating blocks of sixteen
+  Matrix gate, up, down;  // of the dense MLP or the shared experts
   Matrix router, expert_gate_up, expert_down;  // stacks of num_experts
   const float* router_bias;
   int64_t num_experts, num_chosen, normalise;
@@ -30,7 +30,7 @@ struct Layer {
 };
 
 struct Geometry {  // the same for all layers; mirrored in model/native.py
-  int64_t hidden, heads, query_rank, latent, nope, rope, value, index_heads, index_dim, topk;
+  int64_t hidden, heads, query_rank, latent, nope, rope, value, index_heads, index_dim;
   int64_t interleaved, index_interleaved;
   double norm_eps, latent_norm_eps, key_norm_eps, scale;
 };
@@ -156,8 +156,8 @@ class LayerRun {
  private:
   bool runs_indexer() const { return layer_.index_query.data != nullptr && !step_.query_only; }
 
-  static Job job(const Matrix& m, Input& x, float* out, Target target = kStore, int64_t stride = 0) {
-    return {&m, x.rows(m), x.num_rows(), out, stride ? stride : m.num_outputs, target};
+  static Job job(const Matrix& m, Input& x, float* out, Target target = kStore) {
+    return {&m, x.rows(m), x.num_rows(), out, m.num_outputs, target};
   }
 
   void norm_rows(const float* x, const Norm& norm, float* y) {
@@ -215,7 +215,7 @@ class LayerRun {
     for_each_task(g_.heads * tiles, [&](int64_t task) {
       const int64_t head = task / tiles, first = task % tiles * kTile, last = std::min(first + kTile, step_.num_tokens);
       float wide[kTile * 16 * 8];
-      Matrix m = of_head(layer_.absorb, head);
+      Matrix m = of_stack(layer_.absorb, head);
       EncodedTile x(m, last - first, [&](int64_t t) { return query_ + ((first + t) * g_.heads + head) * head_dim; });
       // A few blocks at a time, so that `wide` is small.
       for (int64_t block = 0; block < m.num_blocks(); block += 8) {
@@ -293,12 +293,12 @@ class LayerRun {
     const int64_t tiles = (T + kTile - 1) / kTile, size = g_.latent * number_size();
     for_each_task(g_.heads * tiles, [&](int64_t task) {
       const int64_t head = task / tiles, first = task % tiles * kTile, last = std::min(first + kTile, T);
-      const Matrix m = of_head(layer_.value, head);
+      const Matrix m = of_stack(layer_.value, head);
       const uint8_t* rows[kTile];
       for (int64_t t = first; t < last; t++) rows[t - first] = attended + (t * g_.heads + head) * size;
       const Job out{&m, rows, last - first, values_ + (first * g_.heads + head) * g_.value, g_.heads * g_.value, kStore};
       multiply_tile(rows, m, 0, last - first, 0, m.num_blocks(), [&](int64_t t, int64_t b, int count, const Float16* sums) {
-        give_block(out, t, b, count, sums);
+        give_block(out, kStore, t, b, count, sums);
       });
     });
   }
@@ -307,7 +307,9 @@ class LayerRun {
     const int64_t T = step_.num_tokens, width = layer_.down.width;
     Input x(normed, T, g_.hidden);
     float* inner = arena_.floats(T * width);
-    run_jobs({job(layer_.gate_up, x, inner, kSwiglu, width)});
+    Job gate = job(layer_.gate, x, inner, kSwiglu);
+    gate.up = &layer_.up;
+    run_jobs({gate});
     Input y(inner, T, width);
     run_jobs({job(layer_.down, y, hidden, kAdd)});
   }
@@ -321,7 +323,7 @@ class LayerRun {
     std::vector<float> gates(experts.size());
     route(scores, layer_.router_bias, T, layer_.num_experts, chosen, layer_.normalise, float(layer_.expert_scale), experts.data(), gates.data());
     Experts run(layer_.expert_gate_up, layer_.expert_down, layer_.num_experts, chosen, T, experts.data(), gates.data());
-    run.with_shared(&layer_.gate_up, &layer_.down);
+    run.with_shared(&layer_.gate, &layer_.up, &layer_.down);
     run.add(x, g_.hidden, hidden, arena_);
   }
 
@@ -333,8 +335,6 @@ class LayerRun {
     if (step_.cache_is_bf16) narrow_row(x, count, reinterpret_cast<uint16_t*>(array) + place);
     else memcpy(reinterpret_cast<float*>(array) + place, x, count * sizeof(float));
   }
-
-  static Matrix of_head(const Matrix& stack, int64_t head) { return of_stack(stack, head); }
 
   const Layer& layer_;
   const Step& step_;

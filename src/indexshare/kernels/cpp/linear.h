@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 #include "threads.h"
@@ -64,27 +65,30 @@ void encode_integers(const float* x, int64_t width, int group, uint8_t* out) {
   for (int64_t begin = 0; begin < width; begin += group) {
     const int64_t end = std::min(begin + group, width);
     Float16 peaks{};
+    Int16 is_nan{};
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
       const Float16 v = load(x + i), size = v < 0.0f ? -v : v;
-      peaks = size > peaks ? size : peaks;
+      peaks = larger(size, peaks);
+      is_nan |= v != v;
     }
     float peak = 0.0f;
-    for (; i < end; i++) peak = std::max(peak, std::fabs(x[i]));
-    for (int lane = 0; lane < kLanes; lane++) peak = std::max(peak, peaks[lane]);
-    const float scale = peak / 127.0f;
+    int found_nan = 0;
+    for (; i < end; i++) peak = std::max(peak, std::fabs(x[i])), found_nan |= x[i] != x[i];
+    for (int lane = 0; lane < kLanes; lane++) peak = std::max(peak, peaks[lane]), found_nan |= is_nan[lane];
+    const float scale = found_nan ? std::numeric_limits<float>::quiet_NaN() : peak / 127.0f;
     Int16 sums{};
     int32_t sum = 0;
     i = begin;
     // Division, not a product with the inverse: the specification divides. Adding 1.5 * 2^23 rounds to nearest, ties to even.
     for (; i + kLanes <= end; i += kLanes) {
-      const Float16 rounded = (peak > 0.0f ? load(x + i) / scale : Float16{}) + 12582912.0f;
+      const Float16 rounded = (scale > 0.0f ? load(x + i) / scale : Float16{}) + 12582912.0f;
       const Int16 q = reinterpret_cast<const Int16&>(rounded) - 0x4b400000;
       sums += q;
       store(numbers + i, q);
     }
     for (; i < end; i++) {
-      const int32_t q = peak > 0.0f ? int32_t(std::nearbyint(x[i] / scale)) : 0;
+      const int32_t q = scale > 0.0f ? int32_t(std::nearbyint(x[i] / scale)) : 0;
       numbers[i] = int8_t(q);
       sum += q;
     }
@@ -347,23 +351,19 @@ struct Job {
   int64_t num_rows;
   float* output;   // row r begins at output + r * stride
   int64_t stride;
-  Target target;   // kSwiglu: blocks alternate between gate and up, half as many numbers come out
+  Target target;
+  const Matrix* up = nullptr;  // kSwiglu: `matrix` is the gate, output = silu(gate) * up
 };
 
-ALWAYS_INLINE void give_block(const Job& job, int64_t row, int64_t block, int count, const Float16* sums) {
+ALWAYS_INLINE void give_block(const Job& job, Target target, int64_t row, int64_t block, int count, const Float16* sums) {
   float* out = job.output + row * job.stride;
-  if (job.target == kSwiglu) {
-    for (int i = 0; i < count; i += 2) store(out + (block + i) / 2 * kLanes, silu(sums[i]) * sums[i + 1]);
-    return;
-  }
   for (int i = 0; i < count; i++) {
     float* to = out + (block + i) * kLanes;
-    const int64_t left = job.matrix->num_outputs - (block + i) * kLanes;
-    if (left >= kLanes) {
-      store(to, job.target == kAdd ? load(to) + sums[i] : sums[i]);
-    } else {
-      for (int lane = 0; lane < left; lane++) to[lane] = job.target == kAdd ? to[lane] + sums[i][lane] : sums[i][lane];
-    }
+    const int left = int(std::min<int64_t>(kLanes, job.matrix->num_outputs - (block + i) * kLanes));
+    Float16 result = sums[i];
+    if (target == kAdd) result += load_at(to, left);
+    if (target == kSwiglu) result *= silu(load_at(to, left));
+    store_at(to, result, left);
   }
 }
 
@@ -391,9 +391,13 @@ void run_jobs(const std::vector<Job>& jobs) {
     const int64_t inside = task - parts[j].first_task, size = parts[j].blocks_per_task;
     const int64_t begin = inside / parts[j].tiles * size, end = std::min(begin + size, job.matrix->num_blocks());
     const int64_t first = inside % parts[j].tiles * kRowsPerTask, last = std::min(first + kRowsPerTask, job.num_rows);
-    multiply_tile(job.rows, *job.matrix, first, last, begin, end, [&](int64_t row, int64_t block, int count, const Float16* sums) {
-      give_block(job, row, block, count, sums);
-    });
+    auto run = [&](const Matrix& m, Target target) {
+      multiply_tile(job.rows, m, first, last, begin, end, [&](int64_t row, int64_t block, int count, const Float16* sums) {
+        give_block(job, target, row, block, count, sums);
+      });
+    };
+    run(*job.matrix, job.target == kSwiglu ? kStore : job.target);
+    if (job.target == kSwiglu) run(*job.up, kSwiglu);
   });
 }
 

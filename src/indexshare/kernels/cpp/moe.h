@@ -41,6 +41,13 @@ Matrix of_stack(const Matrix& stack, int64_t number) {
   return one;
 }
 
+// The first or the second half of the outputs: gate or up, where both are one matrix.
+Matrix half_of(const Matrix& both, int which) {
+  Matrix half = both;
+  half.num_outputs = both.num_outputs / 2;
+  return of_stack(half, which);
+}
+
 // Encoded rows of a small tile, on one thread. at(t): the numbers of row t.
 class EncodedTile {
  public:
@@ -102,10 +109,12 @@ class Experts {
       entry_[i] = counts[experts[i]]++;
       token_[entry_[i]] = i / num_chosen;
     }
-    matrices_.reserve(2 * groups_.size());
+    matrices_.reserve(3 * groups_.size());  // they are pointed to
   }
 
-  void with_shared(const Matrix* gate_up, const Matrix* down) { shared_gate_up_ = gate_up, shared_down_ = down; }
+  void with_shared(const Matrix* gate, const Matrix* up, const Matrix* down) {
+    shared_gate_ = gate, shared_up_ = up, shared_down_ = down;
+  }
 
   // output [T][hidden_size] += the gated sum over the chosen experts, best first, then the shared one.
   void add(Input& x, int64_t hidden_size, float* output, Arena& arena) {
@@ -116,13 +125,16 @@ class Experts {
     for (int64_t i = 0; i < entries; i++) rows[i] = of_token[token_[i]];
     std::vector<Job> jobs;
     for (const Group& g : groups_) {
-      matrices_.push_back(of_stack(gate_up_, g.expert));
-      jobs.push_back({&matrices_.back(), rows.data() + g.first, g.count, inner + g.first * width, width, kSwiglu});
+      const Matrix both = of_stack(gate_up_, g.expert);
+      matrices_.push_back(half_of(both, 0));
+      matrices_.push_back(half_of(both, 1));
+      const Matrix* gate = &matrices_[matrices_.size() - 2];
+      jobs.push_back({gate, rows.data() + g.first, g.count, inner + g.first * width, width, kSwiglu, gate + 1});
     }
     float *shared_inner = nullptr, *shared = nullptr;
-    if (shared_gate_up_ != nullptr) {
+    if (shared_gate_ != nullptr) {
       shared_inner = arena.floats(num_tokens_ * shared_down_->width);
-      jobs.push_back({shared_gate_up_, x.rows(*shared_gate_up_), num_tokens_, shared_inner, shared_down_->width, kSwiglu});
+      jobs.push_back({shared_gate_, x.rows(*shared_gate_), num_tokens_, shared_inner, shared_down_->width, kSwiglu, shared_up_});
     }
     run_jobs(jobs);
 
@@ -150,8 +162,7 @@ class Experts {
             sum += load_at(outputs + entry_[i] * hidden_size + d, count) * gates_[i];
           }
           float* to = output + t * hidden_size + d;
-          if (count == kLanes) store(to, load(to) + sum);
-          else for (int lane = 0; lane < count; lane++) to[lane] += sum[lane];
+          store_at(to, load_at(to, count) + sum, count);
         }
       }
     });
@@ -161,10 +172,8 @@ class Experts {
   struct Group {
     int64_t expert, first, count;
   };
-  static ALWAYS_INLINE Float16 load_at(const float* p, int count) { return count == kLanes ? load(p) : load_part(p, count); }
-
   const Matrix &gate_up_, &down_;
-  const Matrix *shared_gate_up_ = nullptr, *shared_down_ = nullptr;
+  const Matrix *shared_gate_ = nullptr, *shared_up_ = nullptr, *shared_down_ = nullptr;
   int64_t num_chosen_, num_tokens_;
   const float* gates_;
   std::vector<int64_t> entry_, token_;

@@ -147,19 +147,19 @@ void rope_table(const Tensor& positions, double theta, const Tensor& cos, const 
   });
 }
 
-// hidden [T, D] is replaced by what the layers make of it. caches: int64 [layers, 2], addresses of latents and index keys.
+// hidden [T, D] -> output [T, D]. lengths: starts of the sequences (one more than there are), then contexts. caches: int64 [layers, 2], addresses of latents and index keys.
 // selections [n, T, K]: with n > 1 each layer that runs its indexer writes a new one, else the next replaces the last.
 // -> 1 + the number of the first layer with a NaN score, or 0.
 int64_t run_layers(
-    const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& starts, const Tensor& contexts,
+    const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& output, const Tensor& lengths,
     const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, bool cache_is_bf16,
     bool query_only, const Tensor& selections) {
   Step step{};
   step.geometry = data<Geometry>(geometry);
   step.num_tokens = hidden.size(0);
-  step.num_sequences = contexts.size(0);
-  step.starts = data<int64_t>(starts);
-  step.contexts = data<int64_t>(contexts);
+  step.num_sequences = page_table.size(0);
+  step.starts = data<int64_t>(lengths);
+  step.contexts = step.starts + step.num_sequences + 1;
   step.page_table = data<int64_t>(page_table);
   step.pages_per_sequence = page_table.size(1);
   step.page_size = page_size;
@@ -184,7 +184,7 @@ int64_t run_layers(
         layer, step, {reinterpret_cast<void*>(pools[0]), cache_is_bf16}, {reinterpret_cast<void*>(pools[1]), cache_is_bf16}, arena());
     if (run.run(stream.data())) return i + 1;
   }
-  narrow_rows(stream.data(), hidden);
+  narrow_rows(stream.data(), output);
   return 0;
 }
 
@@ -207,7 +207,7 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
   m.def("mla_sparse(Tensor query, Tensor latents, Tensor selection, float scale, Tensor(a!) output) -> ()");
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
-      "run_layers(Tensor geometry, Tensor layers, Tensor(a!) hidden, Tensor starts, Tensor contexts, Tensor page_table, "
+      "run_layers(Tensor geometry, Tensor layers, Tensor hidden, Tensor(a!) output, Tensor lengths, Tensor page_table, "
       "int page_size, Tensor cos, Tensor sin, Tensor caches, bool cache_is_bf16, bool query_only, Tensor(b!) selections) -> int");
 }
 

@@ -59,6 +59,13 @@ ALWAYS_INLINE Float16 load_part(const Number* p, int count) {
   return load(part);
 }
 
+// The first `count` of sixteen floats.
+ALWAYS_INLINE Float16 load_at(const float* p, int count) { return count == kLanes ? load(p) : load_part(p, count); }
+ALWAYS_INLINE void store_at(float* p, Float16 x, int count) {
+  if (count == kLanes) return store(p, x);
+  for (int lane = 0; lane < count; lane++) p[lane] = x[lane];
+}
+
 // Rounds to nearest, ties to even; NaN stays NaN.
 ALWAYS_INLINE void narrow(float x, uint16_t* y) {
   uint32_t bits;

@@ -1,0 +1,253 @@
+"""The layers in C++ (kernels/cpp/layer.h): packs a model's weights and runs all its layers in one call.
+
+The packed weights take the place of the plain ones, so memory stays the same. What a packed model cannot do in one call
+(dense attention, a trace of experts) goes operation by operation, as on any device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indexshare.errors import KernelError
+from indexshare.kernels import native, ops, registry
+from indexshare.kernels.packed import LANES, Matrix, PackedWeight, as_tensor, pack
+from indexshare.model.batch import ForwardBatch, Selection
+from indexshare.model.config import GlmConfig
+from indexshare.model.glm import (
+    INDEX_KEY_NORM_EPS,
+    Attention,
+    DecoderLayer,
+    Experts,
+    GlmForCausalLM,
+    LayerStack,
+    Linear,
+    MixtureOfExperts,
+    RopeTable,
+    decoder_layers,
+)
+
+MAX_ROPE = 1024  # numbers that the kernels turn at once
+INTEGERS = ("hidden", "heads", "query_rank", "latent", "nope", "rope", "value", "index_heads", "index_dim")
+MATRICES = ("q_a", "q_b", "kv_a", "absorb", "value", "output", "index_query", "index_key", "index_weights")
+MLP_MATRICES = ("gate", "up", "down", "router", "expert_gate_up", "expert_down")
+
+
+class Geometry(ctypes.Structure):
+    """`struct Geometry`: what all layers share."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*INTEGERS, "interleaved", "index_interleaved")),
+        *((name, ctypes.c_double) for name in ("norm_eps", "latent_norm_eps", "key_norm_eps", "scale")),
+    )
+
+
+class Norm(ctypes.Structure):
+    """`struct Norm`: fp32 weight and bias."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer`: one decoder layer."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("input_norm", "query_norm", "latent_norm", "key_norm", "mlp_norm")),
+        *((name, Matrix) for name in (*MATRICES, *MLP_MATRICES)),
+        ("router_bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_experts", "num_chosen", "normalise")),
+        ("expert_scale", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedLayers:
+    """The layers of a stack as the kernels read them. owned: every tensor that they point to."""
+
+    operators: Any
+    geometry: Tensor
+    layers: Tensor
+    numbers: tuple[int, ...]
+    num_indexers: int
+    dtype: torch.dtype
+    owned: tuple[object, ...]
+
+
+def pack_model(model: GlmForCausalLM) -> str | None:
+    """Replace the weights of a model on the CPU by packed ones, matrix by matrix, so that its layers run in C++.
+
+    Returns None, or why the model stays as it is.
+    """
+    reason = native.enable() or _refusal(model)
+    if reason is not None:
+        return reason
+    operators = native.load(native.instruction_set())
+    plain = {attention.kv_b_proj for attention in _attentions(model)}  # absorption reads it in two directions
+    plain |= {attention.indexer.weights_proj for attention in _attentions(model) if attention.indexer is not None}
+    for part in model.modules():
+        if isinstance(part, Linear) and part not in plain:
+            _replace(operators, part, "weight")
+        elif isinstance(part, Experts):
+            _replace(operators, part, "gate_up_proj")
+            _replace(operators, part, "down_proj")
+    for stack in (model.stack, model.mtp_stack):
+        if stack.layers:
+            stack.packed = _pack_stack(operators, model.config, stack.layers)
+    return None
+
+
+def _attentions(model: GlmForCausalLM) -> list[Attention]:
+    return [layer.self_attn for stack in (model.stack, model.mtp_stack) for layer in stack.layers]
+
+
+def _refusal(model: GlmForCausalLM) -> str | None:
+    config, weight = model.config, model.model.embed_tokens.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"weights of {weight.dtype} on {weight.device}; the C++ kernels read bfloat16 and float32 on the CPU"
+    if config.kv_lora_rank % LANES or config.moe_intermediate_size % LANES:
+        return f"kv_lora_rank and moe_intermediate_size must be multiples of {LANES} for the C++ kernels"
+    if config.qk_rope_head_dim > MAX_ROPE:
+        return f"qk_rope_head_dim is more than {MAX_ROPE}"
+    return None
+
+
+def _replace(operators: Any, module: nn.Module, name: str) -> None:
+    packed = pack(operators, getattr(module, name))
+    delattr(module, name)  # a parameter, which nn.Module would not let another type replace
+    setattr(module, name, packed)
+
+
+def _pack_stack(operators: Any, config: GlmConfig, layers: tuple[DecoderLayer, ...]) -> PackedLayers:
+    owned: list[object] = []
+    array = (Layer * len(layers))(*(_pack_layer(operators, config, layer, owned) for layer in layers))
+    geometry = Geometry(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        query_rank=config.q_lora_rank,
+        latent=config.kv_lora_rank,
+        nope=config.qk_nope_head_dim,
+        rope=config.qk_rope_head_dim,
+        value=config.v_head_dim,
+        index_heads=config.index_n_heads,
+        index_dim=config.index_head_dim,
+        interleaved=config.rope_interleave,
+        index_interleaved=config.indexer_rope_interleave,
+        norm_eps=config.rms_norm_eps,
+        latent_norm_eps=config.latent_norm_eps,
+        key_norm_eps=INDEX_KEY_NORM_EPS,
+        scale=config.qk_head_dim**-0.5,
+    )
+    return PackedLayers(
+        operators=operators,
+        geometry=as_tensor(geometry),
+        layers=as_tensor(array),
+        numbers=tuple(layer.self_attn.layer for layer in layers),
+        num_indexers=sum(layer.self_attn.indexer is not None for layer in layers),
+        dtype=layers[0].input_layernorm.weight.dtype,
+        owned=tuple(owned),
+    )
+
+
+def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: list[object]) -> Layer:
+    def norm(module: nn.Module) -> Norm:
+        tensors = [getattr(module, name, None) for name in ("weight", "bias")]
+        wide = [None if tensor is None else tensor.detach().float().contiguous() for tensor in tensors]
+        owned.append(wide)
+        return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
+
+    def matrix(weight: Tensor | PackedWeight) -> Matrix:
+        packed = weight if isinstance(weight, PackedWeight) else pack(operators, weight.detach())
+        owned.append(packed)
+        return packed.matrix
+
+    attention, mlp = layer.self_attn, layer.mlp
+    kv_b = attention.kv_b_proj.weight.detach().view(config.num_attention_heads, -1, config.kv_lora_rank)
+    packed = Layer(
+        input_norm=norm(layer.input_layernorm),
+        query_norm=norm(attention.q_a_layernorm),
+        latent_norm=norm(attention.kv_a_layernorm),
+        mlp_norm=norm(layer.post_attention_layernorm),
+        q_a=matrix(attention.q_a_proj.weight),
+        q_b=matrix(attention.q_b_proj.weight),
+        kv_a=matrix(attention.kv_a_proj_with_mqa.weight),
+        absorb=matrix(kv_b[:, : config.qk_nope_head_dim].transpose(1, 2)),
+        value=matrix(kv_b[:, config.qk_nope_head_dim :]),
+        output=matrix(attention.o_proj.weight),
+    )
+    if (indexer := attention.indexer) is not None:
+        packed.key_norm = norm(indexer.k_norm)
+        packed.index_query = matrix(indexer.wq_b.weight)
+        packed.index_key = matrix(indexer.wk.weight)
+        packed.index_weights = matrix(indexer.weights_proj.weight)
+    dense = mlp.shared_experts if isinstance(mlp, MixtureOfExperts) else mlp
+    packed.gate, packed.up, packed.down = (
+        matrix(part.weight) for part in (dense.gate_proj, dense.up_proj, dense.down_proj)
+    )
+    if isinstance(mlp, MixtureOfExperts):
+        bias = mlp.gate.e_score_correction_bias.detach().float().contiguous()
+        owned.append(bias)
+        packed.router, packed.router_bias = matrix(mlp.gate.weight), bias.data_ptr()
+        packed.expert_gate_up, packed.expert_down = matrix(mlp.experts.gate_up_proj), matrix(mlp.experts.down_proj)
+        packed.num_experts, packed.num_chosen = config.n_routed_experts, config.num_experts_per_tok
+        packed.normalise, packed.expert_scale = config.norm_topk_prob, config.routed_scaling_factor
+    return packed
+
+
+def _supports(
+    stack: LayerStack, hidden: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
+) -> str | None:
+    if stack.packed is None:
+        return "the weights are not packed (`indexshare.load` packs them on a CPU)"
+    if batch.cache is None or batch.layout.page_table is None:
+        return "there is no cache: this is training"
+    if batch.attention != "sparse":
+        return "attention is dense"
+    if hidden.dtype != stack.packed.dtype or batch.cache.dtype != hidden.dtype:
+        return f"hidden states are {hidden.dtype} and caches {batch.cache.dtype}; weights were packed for {stack.packed.dtype}"
+    return None
+
+
+def _run(
+    stack: LayerStack, hidden: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
+) -> tuple[Tensor, Selection]:
+    packed, layout, cache = stack.packed, batch.layout, batch.cache
+    assert packed is not None and cache is not None and layout.page_table is not None
+    num_tokens, sees_all = len(hidden), layout.max_context <= stack.topk
+    if not batch.query_only:
+        keeps_all = packed.num_indexers if batch.trace is not None else 1
+        rows = torch.empty(keeps_all, num_tokens, min(stack.topk, layout.max_context), dtype=torch.int32)
+    elif selected is not None and selected.rows is not None:
+        rows = selected.rows[None].contiguous()
+    else:
+        rows = torch.stack([layout.rows(0)] * num_tokens)[None].to(torch.int32)
+    output = torch.empty_like(hidden)
+    failed = packed.operators.run_layers(
+        packed.geometry,
+        packed.layers,
+        hidden,
+        output,
+        layout.starts_and_contexts,
+        layout.page_table,
+        layout.page_size,
+        rope.cos,
+        rope.sin,
+        cache.addresses(packed.numbers),
+        hidden.dtype == torch.bfloat16,
+        batch.query_only,
+        rows,
+    )
+    if failed:
+        raise KernelError(f"layer {packed.numbers[failed - 1]}: {ops.NAN_SCORES}")
+    if batch.trace is not None:
+        full = [layer.self_attn.layer for layer in stack.layers if layer.self_attn.indexer is not None]
+        batch.trace.selections.update((layer, None if sees_all else rows[i]) for i, layer in enumerate(full))
+    return output, Selection(None if sees_all else rows[-1])
+
+
+registry.register(
+    decoder_layers.name, registry.Twin(name=native.NAME, devices=("cpu",), function=_run, supports=_supports)
+)
