@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -47,26 +47,86 @@ struct Candidates {
   int count, capacity, topk;
   float threshold;
 
-  // Keeps the best k, in their order; among equals the first.
-  void cut(float* scratch) {
+  // How many scores are at least `bound`.
+  int num_from(float bound) const {
+    Int16 sums{};
+    for (int i = 0; i < count; i += kLanes) sums -= load(scores + i) >= bound;
+    int sum = 0;
+    for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+    return sum;
+  }
+
+  // Keeps the best k, in their order; among equals the first. Bisects for the k-th best score: a pass over scores that
+  // lie in the first cache costs less than moving them.
+  void cut() {
     if (count <= topk) return;
-    std::copy(scores, scores + count, scratch);
-    std::nth_element(scratch, scratch + topk - 1, scratch + count, std::greater<float>());
-    const float last = scratch[topk - 1];
-    int num_above = 0;
-    for (int i = 0; i < count; i++) num_above += scores[i] > last;
-    int num_ties = topk - num_above, kept = 0;
-    for (int i = 0; i < count; i++) {
-      const bool keep = scores[i] > last || (scores[i] == last && num_ties-- > 0);
-      scores[kept] = scores[i];
-      positions[kept] = positions[i];
-      kept += keep;
+    const int padded = (count + kLanes - 1) / kLanes * kLanes;
+    std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
+    float low = scores[0], high = scores[0];
+    for (int i = 1; i < count; i++) low = std::min(low, scores[i]), high = std::max(high, scores[i]);
+    // At least k scores are >= low, fewer than k are >= the number after high.
+    int32_t from = ordered(low), to = ordered(high) + 1;
+    int num_kept = count;
+    while (int64_t(to) - from > 1 && num_kept != topk) {
+      const int32_t middle = int32_t((int64_t(from) + to) / 2);
+      const int found = num_from(unordered(middle));
+      if (found >= topk) from = middle, num_kept = found;
+      else to = middle;
+    }
+    // More than k are left only if the last of them are equal: the first of those stay.
+    const float last = unordered(from);
+    int num_surplus = num_kept - topk, kept = 0;
+    if (num_surplus == 0) {
+      kept = keep_from(last);
+    } else {
+      int num_ties = topk - num_from(unordered(from + 1));
+      for (int i = 0; i < count; i++) {
+        const bool keep = scores[i] > last || (scores[i] == last && num_ties-- > 0);
+        scores[kept] = scores[i];
+        positions[kept] = positions[i];
+        kept += keep;
+      }
     }
     count = topk;
     threshold = last;
   }
 
-  ALWAYS_INLINE void append(Float16 found, int32_t position, float* scratch) {
+  // Moves scores of at least `bound` to the front. Returns their number.
+  int keep_from(float bound) {
+    int kept = 0;
+    for (int i = 0; i < count; i += kLanes) {
+#if defined(__AVX512F__)
+      const __m512 v = _mm512_loadu_ps(scores + i);
+      const __m512i places = _mm512_loadu_si512(positions + i);
+      const __mmask16 keep = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+      _mm512_storeu_ps(scores + kept, _mm512_maskz_compress_ps(keep, v));
+      _mm512_storeu_si512(positions + kept, _mm512_maskz_compress_epi32(keep, places));
+      kept += __builtin_popcount(keep);
+#else
+      for (int lane = i; lane < std::min(i + kLanes, count); lane++) {
+        scores[kept] = scores[lane];
+        positions[kept] = positions[lane];
+        kept += scores[lane] >= bound;
+      }
+#endif
+    }
+    return kept;
+  }
+
+  // Floats in their order as whole numbers, and back. Zero has one sign here (see `take`).
+  static int32_t ordered(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+  }
+  static float unordered(int32_t bits) {
+    bits ^= (bits >> 31) & 0x7fffffff;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+
+  ALWAYS_INLINE void append(Float16 found, int32_t position) {
 #if defined(__AVX512F__)
     const __m512 v = (__m512)found;
     const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
@@ -84,24 +144,23 @@ struct Candidates {
       }
     }
 #endif
-    if (count > capacity - kLanes) cut(scratch);
+    if (count > capacity - kLanes) cut();
   }
 };
 
 // Everything one thread needs, allocated once per call.
 struct IndexScratch {
-  std::vector<float> packed, weights, keys, scores, cut;
+  std::vector<float> packed, weights, keys, scores;
   std::vector<int32_t> positions;
   Candidates candidates[kQueriesPerTile];
 
   IndexScratch(int topk, int num_lanes, int dim, int num_queries) {
-    const int capacity = std::max(2 * topk, topk + 512) + kLanes;
+    const int capacity = (std::max(2 * topk, topk + 512) + kLanes - 1) / kLanes * kLanes + kLanes;
     packed.resize(size_t(num_lanes) * dim);
     weights.resize(num_lanes);
     keys.resize(size_t(kKeysPerBlock) * dim);
     scores.resize(size_t(num_queries) * capacity);
     positions.resize(scores.size());
-    cut.resize(capacity);
     for (int i = 0; i < num_queries; i++) {
       candidates[i] = {&scores[size_t(i) * capacity], &positions[size_t(i) * capacity], 0, capacity, topk, 0.0f};
     }
@@ -126,6 +185,7 @@ template <int kDim>
 ALWAYS_INLINE void dots(const uint16_t* query, const uint16_t* keys, int dim_at_run_time, Float16 acc[kKeysAtOnce]) {
   const int dim = kDim ? kDim : dim_at_run_time;
   __m512 sums[kKeysAtOnce];
+#pragma GCC unroll 16
   for (int k = 0; k < kKeysAtOnce; k++) sums[k] = _mm512_setzero_ps();
   for (int d = 0; d < dim; d += 2) {
     const __m512bh q = (__m512bh)_mm512_loadu_si512(query + d * kLanes);
@@ -136,6 +196,7 @@ ALWAYS_INLINE void dots(const uint16_t* query, const uint16_t* keys, int dim_at_
       sums[k] = _mm512_dpbf16_ps(sums[k], q, (__m512bh)_mm512_set1_epi32(pair));
     }
   }
+#pragma GCC unroll 16
   for (int k = 0; k < kKeysAtOnce; k++) acc[k] = (Float16)sums[k];
 }
 #endif
@@ -197,7 +258,7 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
     if (visible <= 0) return;
     if (visible < kLanes) found = order < int32_t(visible) ? found : splat(-std::numeric_limits<float>::infinity());
     is_nan |= found != found;
-    scratch.candidates[q].append(found, int32_t(position), scratch.cut.data());
+    scratch.candidates[q].append(found + 0.0f, int32_t(position));  // no negative zero
   };
   for (int64_t block = begin; block < end; block += kKeysPerBlock) {
     const int count = int(std::min<int64_t>(kKeysPerBlock, end - block));
@@ -212,6 +273,7 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
           Float16 acc[kKeysAtOnce];
           dots<kDim>(packed + size_t(lane + part) * a.dim, keys + size_t(k) * a.dim, a.dim, acc);
           const Float16 weights = load(&scratch.weights[lane + part]);
+#pragma GCC unroll 16
           for (int i = 0; i < kKeysAtOnce; i++) sums[i] += relu(acc[i]) * weights;
         }
         if (lanes_per_query >= kLanes) {
@@ -256,8 +318,8 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
                          : scan<float, float, float>(a, first, num_queries, begin, end, scratch);
 }
 
-void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates, float* scratch) {
-  candidates.cut(scratch);
+void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates) {
+  candidates.cut();
   int32_t* out = a.selection + query * a.selection_stride;
   for (int i = 0; i < candidates.count; i++) out[i] = int32_t(a.row(candidates.positions[i]));
 }
@@ -283,7 +345,7 @@ bool index_select_queries(const IndexSelect& a, int64_t first, int64_t last) {
       continue;
     }
     is_nan |= scan(a, tile, count, 0, end, scratch);
-    for (int q = 0; q < count; q++) write_selection(a, tile + q, scratch.candidates[q], scratch.cut.data());
+    for (int q = 0; q < count; q++) write_selection(a, tile + q, scratch.candidates[q]);
   }
   return is_nan;
 }
@@ -294,7 +356,7 @@ bool index_select_part(const IndexSelect& a, int64_t begin, int64_t end, float* 
   const bool is_nan = scan(a, 0, int(a.num_queries), begin, end, scratch);
   for (int q = 0; q < a.num_queries; q++) {
     Candidates& found = scratch.candidates[q];
-    found.cut(scratch.cut.data());
+    found.cut();
     std::copy(found.scores, found.scores + found.count, scores + size_t(q) * a.topk);
     std::copy(found.positions, found.positions + found.count, positions + size_t(q) * a.topk);
     counts[q] = found.count;
@@ -304,7 +366,7 @@ bool index_select_part(const IndexSelect& a, int64_t begin, int64_t end, float* 
 
 // The best of all parts; parts come in the order of their keys.
 void index_select_join(const IndexSelect& a, int num_parts, const float* scores, const int32_t* positions, const int32_t* counts) {
-  std::vector<float> all_scores(size_t(num_parts) * a.topk), scratch(all_scores.size());
+  std::vector<float> all_scores(size_t(num_parts) * a.topk + kLanes);
   std::vector<int32_t> all_positions(all_scores.size());
   for (int q = 0; q < a.num_queries; q++) {
     Candidates joined{all_scores.data(), all_positions.data(), 0, int(all_scores.size()), a.topk, 0.0f};
@@ -315,7 +377,7 @@ void index_select_join(const IndexSelect& a, int num_parts, const float* scores,
       std::copy(positions + from, positions + from + count, joined.positions + joined.count);
       joined.count += count;
     }
-    write_selection(a, q, joined, scratch.data());
+    write_selection(a, q, joined);
   }
 }
 

@@ -126,12 +126,12 @@ class LayerRun {
     float* normed = arena_.floats(T * g_.hidden);
     norm_rows(hidden, layer_.input_norm, normed);
     {
-      Input x(normed, T, g_.hidden);
+      Input x(normed, T, g_.hidden, arena_);
       project(x);
     }
     write_caches();
     {
-      Input q(query_latent_, T, g_.query_rank);
+      Input q(query_latent_, T, g_.query_rank, arena_);
       query_ = arena_.floats(T * g_.heads * (g_.nope + g_.rope));
       std::vector<Job> jobs{job(layer_.q_b, q, query_)};
       if (runs_indexer()) {
@@ -144,7 +144,7 @@ class LayerRun {
     if (runs_indexer()) is_nan = select();
     attend();
     {
-      Input x(values_, T, g_.heads * g_.value);
+      Input x(values_, T, g_.heads * g_.value, arena_);
       run_jobs({job(layer_.output, x, hidden, kAdd)});
     }
     norm_rows(hidden, layer_.mlp_norm, normed);
@@ -305,18 +305,18 @@ class LayerRun {
 
   void dense(float* normed, float* hidden) {
     const int64_t T = step_.num_tokens, width = layer_.down.width;
-    Input x(normed, T, g_.hidden);
+    Input x(normed, T, g_.hidden, arena_);
     float* inner = arena_.floats(T * width);
     Job gate = job(layer_.gate, x, inner, kSwiglu);
     gate.up = &layer_.up;
     run_jobs({gate});
-    Input y(inner, T, width);
+    Input y(inner, T, width, arena_);
     run_jobs({job(layer_.down, y, hidden, kAdd)});
   }
 
   void mixture(float* normed, float* hidden) {
     const int64_t T = step_.num_tokens, chosen = layer_.num_chosen;
-    Input x(normed, T, g_.hidden);
+    Input x(normed, T, g_.hidden, arena_);
     float* scores = arena_.floats(T * layer_.num_experts);
     run_jobs({job(layer_.router, x, scores)});
     std::vector<int64_t> experts(size_t(T) * chosen);

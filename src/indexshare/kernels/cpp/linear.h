@@ -110,10 +110,31 @@ void encode(const Matrix& m, const float* x, uint8_t* out) {
   }
 }
 
+// Memory that one call after the other uses again: fresh pages from the system cost more than small products.
+class Arena {
+ public:
+  void reset() { used_ = 0, place_ = 0; }
+  uint8_t* bytes(int64_t count) {
+    count = (count + 63) / 64 * 64;
+    while (place_ < blocks_.size() && used_ + count > int64_t(blocks_[place_].size()) - 64) place_++, used_ = 0;
+    if (place_ == blocks_.size()) blocks_.emplace_back(size_t(std::max<int64_t>(count, 1 << 22)) + 64), used_ = 0;
+    uint8_t* first = blocks_[place_].data();
+    first += (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 + used_;
+    used_ += count;
+    return first;
+  }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * sizeof(float))); }
+
+ private:
+  std::vector<std::vector<uint8_t>> blocks_;
+  size_t place_ = 0;
+  int64_t used_ = 0;
+};
+
 // Rows of activations in fp32, and encoded as a matrix wants them; encoded once for all matrices with the same wish.
 class Input {
  public:
-  Input(const float* x, int64_t num_rows, int64_t stride) : x_(x), num_rows_(num_rows), stride_(stride) {}
+  Input(const float* x, int64_t num_rows, int64_t stride, Arena& arena) : x_(x), num_rows_(num_rows), stride_(stride), arena_(arena) {}
 
   int64_t num_rows() const { return num_rows_; }
 
@@ -126,8 +147,7 @@ class Input {
     Encoding& made = encodings_.back();
     made.kind = kind;
     const int64_t size = (encoded_bytes(m) + 63) / 64 * 64;
-    made.bytes.resize(size_t(num_rows_ * size) + 64);
-    uint8_t* first = made.bytes.data() + (64 - reinterpret_cast<uintptr_t>(made.bytes.data()) % 64) % 64;
+    uint8_t* first = arena_.bytes(num_rows_ * size);
     for (int64_t t = 0; t < num_rows_; t++) made.rows.push_back(first + t * size);
     for_each_run(num_rows_, 32, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) encode(m, x_ + t * stride_, first + t * size);
@@ -138,11 +158,11 @@ class Input {
  private:
   struct Encoding {
     int kind;
-    std::vector<uint8_t> bytes;
     std::vector<const uint8_t*> rows;
   };
   const float* x_;
   int64_t num_rows_, stride_;
+  Arena& arena_;
   std::vector<Encoding> encodings_;
 };
 
@@ -208,56 +228,57 @@ ALWAYS_INLINE Int16 step_bytes(Int16 sum, Word16 weights, int32_t x) {
 #endif
 }
 
-// kTokens rows times kBlocks neighbouring blocks: sums[t * kBlocks + b].
-template <int kFormat, int kTokens, int kBlocks>
-ALWAYS_INLINE void multiply_floats(const uint8_t* const* x, const Matrix& m, int64_t block, Float16* sums) {
-  const int64_t stride = block_bytes(m), steps = num_steps(m);
+// Steps begin .. end - 1 of kRows rows times kBlocks neighbouring blocks: added to sums[row * kBlocks + block].
+template <int kFormat, int kRows, int kBlocks>
+ALWAYS_INLINE void multiply_floats(
+    const uint8_t* const* x, const Matrix& m, int64_t block, int64_t begin, int64_t end, Float16* sums) {
+  const int64_t stride = block_bytes(m), group = kFormat == kFp8 ? kActivationGroup / 2 : end - begin;
   const uint8_t* data = m.data + block * stride;
-  const int64_t group = kFormat == kFp8 ? kActivationGroup / 2 : steps;
-  for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = Float16{};
-  for (int64_t begin = 0, g = 0; begin < steps; begin += group, g++) {
-    const int64_t end = std::min(begin + group, steps);
-    Float16 acc[kTokens * kBlocks] = {};
-    for (int64_t d = begin; d < end; d++) {
+  for (; begin < end; begin += group) {
+    const int64_t last = std::min(begin + group, end);
+    Float16 acc[kRows * kBlocks];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kBlocks; i++) acc[i] = kFormat == kFp8 ? Float16{} : sums[i];
+    for (int64_t d = begin; d < last; d++) {
       Word16 weights[kBlocks];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; b++) weights[b] = weights_at<kFormat>(data + b * stride + d * bytes_per_step(kFormat));
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; t++) {
+      for (int t = 0; t < kRows; t++) {
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = step<kFormat>(acc[t * kBlocks + b], weights[b], x[t] + d * 4);
       }
     }
-    if constexpr (kFormat == kFp8) {
-      const int64_t groups = num_groups(m.width, kActivationGroup);
-      for (int b = 0; b < kBlocks; b++) {
-        const float scale = static_cast<const float*>(m.scales)[(block + b) * groups + g];
-        for (int t = 0; t < kTokens; t++) sums[t * kBlocks + b] += acc[t * kBlocks + b] * scale;
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kBlocks; i++) {
+      if constexpr (kFormat == kFp8) {
+        const int64_t groups = num_groups(m.width, kActivationGroup);
+        sums[i] += acc[i] * static_cast<const float*>(m.scales)[(block + i % kBlocks) * groups + begin / group];
+      } else {
+        sums[i] = acc[i];
       }
-    } else {
-      for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = acc[i];
     }
   }
 }
 
-template <int kFormat, int kTokens, int kBlocks>
-ALWAYS_INLINE void multiply_integers(const uint8_t* const* x, const Matrix& m, int64_t block, Float16* sums) {
+template <int kFormat, int kRows, int kBlocks>
+ALWAYS_INLINE void multiply_integers(
+    const uint8_t* const* x, const Matrix& m, int64_t block, int64_t begin, int64_t end, Float16* sums) {
   constexpr int kInputs = kFormat == kInt4 ? 8 : 4, kOffset = kFormat == kInt4 ? 8 : 128;
-  const int64_t stride = block_bytes(m), steps = num_steps(m), padded = (m.width + 7) / 8 * 8;
+  const int64_t stride = block_bytes(m), padded = (m.width + 7) / 8 * 8;
   const uint8_t* data = m.data + block * stride;
-  const int group = activation_group(m);
-  const int64_t groups = num_groups(m.width, group), scale_stride = m.group == 0 ? 1 : groups;
-  for (int i = 0; i < kTokens * kBlocks; i++) sums[i] = Float16{};
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t begin = g * group / kInputs, end = std::min<int64_t>((g + 1) * group / kInputs, steps);
-    Int16 acc[kTokens * kBlocks];
+  const int group = activation_group(m) / kInputs;
+  const int64_t scale_stride = m.group == 0 ? 1 : num_groups(m.width, m.group);
+  for (; begin < end; begin += group) {
+    const int64_t last = std::min(begin + group, end), g = begin / group;
+    Int16 acc[kRows * kBlocks];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; t++) {
+    for (int t = 0; t < kRows; t++) {
       const GroupScale& of_group = reinterpret_cast<const GroupScale*>(x[t] + padded)[g];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = Int16{} - kOffset * of_group.sum;
     }
-    for (int64_t d = begin; d < end; d++) {
+    for (int64_t d = begin; d < last; d++) {
       Word16 weights[kBlocks], high[kBlocks];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; b++) {
@@ -268,7 +289,7 @@ ALWAYS_INLINE void multiply_integers(const uint8_t* const* x, const Matrix& m, i
         }
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; t++) {
+      for (int t = 0; t < kRows; t++) {
         const int32_t first = word_at(x[t] + d * kInputs);
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; b++) acc[t * kBlocks + b] = step_bytes(acc[t * kBlocks + b], weights[b], first);
@@ -284,7 +305,7 @@ ALWAYS_INLINE void multiply_integers(const uint8_t* const* x, const Matrix& m, i
       const uint16_t* scales = static_cast<const uint16_t*>(m.scales);
       const Float16 of_weights = load(scales + ((block + b) * scale_stride + (m.group == 0 ? 0 : g)) * kLanes);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; t++) {
+      for (int t = 0; t < kRows; t++) {
         const float of_input = reinterpret_cast<const GroupScale*>(x[t] + padded)[g].scale;
         sums[t * kBlocks + b] += __builtin_convertvector(acc[t * kBlocks + b], Float16) * (of_weights * of_input);
       }
@@ -292,39 +313,59 @@ ALWAYS_INLINE void multiply_integers(const uint8_t* const* x, const Matrix& m, i
   }
 }
 
-template <int kFormat, int kTokens, int kBlocks, typename Give>
-ALWAYS_INLINE void multiply(const uint8_t* const* x, const Matrix& m, int64_t first, int64_t block, const Give& give) {
-  Float16 sums[kTokens * kBlocks];
-  if constexpr (is_integer(kFormat)) multiply_integers<kFormat, kTokens, kBlocks>(x, m, block, sums);
-  else multiply_floats<kFormat, kTokens, kBlocks>(x, m, block, sums);
-  for (int t = 0; t < kTokens; t++) give(first + t, block, kBlocks, sums + t * kBlocks);
+template <int kFormat, int kRows, int kBlocks>
+ALWAYS_INLINE void multiply(const uint8_t* const* x, const Matrix& m, int64_t block, int64_t begin, int64_t end, Float16* sums) {
+  if constexpr (is_integer(kFormat)) multiply_integers<kFormat, kRows, kBlocks>(x, m, block, begin, end, sums);
+  else multiply_floats<kFormat, kRows, kBlocks>(x, m, block, begin, end, sums);
 }
 
-template <int kFormat, int kTokens, int kBlocks, typename Give>
-void multiply_blocks(const uint8_t* const* x, const Matrix& m, int64_t first, int64_t begin, int64_t end, const Give& give) {
-  int64_t block = begin;
-  for (; block + kBlocks <= end; block += kBlocks) multiply<kFormat, kTokens, kBlocks>(x, m, first, block, give);
-  for (; block + 2 <= end; block += 2) multiply<kFormat, kTokens, 2>(x, m, first, block, give);
-  for (; block < end; block++) multiply<kFormat, kTokens, 1>(x, m, first, block, give);
-}
-
-// Sums that fit into the registers: rows and blocks of a tile for many rows, and blocks for one.
+// What fits into the registers: rows and blocks of a tile for many rows, blocks for one.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6, kTileBlocks = 4, kRowBlocks = 8;
 #else
 constexpr int kTileRows = 2, kTileBlocks = 2, kRowBlocks = 4;
 #endif
+constexpr int kRowsPerTask = 48;
+constexpr int kInputsAtOnce = 256;  // the weights of a tile's blocks stay in the first cache while the rows pass
 
-// Rows first .. last - 1 times blocks begin .. end - 1. give(row, block, count, sums): sixteen results of each block.
+// kBlocks blocks for one row, streaming.
+template <int kFormat, int kBlocks, typename Give>
+ALWAYS_INLINE void multiply_row(const uint8_t* const* x, const Matrix& m, int64_t row, int64_t block, const Give& give) {
+  Float16 sums[kBlocks] = {};
+  multiply<kFormat, 1, kBlocks>(x, m, block, 0, num_steps(m), sums);
+  give(row, block, kBlocks, sums);
+}
+
+// kBlocks blocks for up to kRowsPerTask rows, a part of the inputs at a time.
+template <int kFormat, int kBlocks, typename Give>
+void multiply_rows(const uint8_t* const* x, const Matrix& m, int64_t first, int64_t last, int64_t block, const Give& give) {
+  alignas(64) Float16 sums[kRowsPerTask * kBlocks] = {};
+  const int64_t steps = num_steps(m), part = kInputsAtOnce / inputs_per_step(kFormat);
+  for (int64_t begin = 0; begin < steps; begin += part) {
+    const int64_t end = std::min(begin + part, steps);
+    int64_t t = first;
+    for (; t + kTileRows <= last; t += kTileRows) {
+      multiply<kFormat, kTileRows, kBlocks>(x + t, m, block, begin, end, sums + (t - first) * kBlocks);
+    }
+    for (; t + 2 <= last; t += 2) multiply<kFormat, 2, kBlocks>(x + t, m, block, begin, end, sums + (t - first) * kBlocks);
+    for (; t < last; t++) multiply<kFormat, 1, kBlocks>(x + t, m, block, begin, end, sums + (t - first) * kBlocks);
+  }
+  for (int64_t t = first; t < last; t++) give(t, block, kBlocks, sums + (t - first) * kBlocks);
+}
+
+// Rows first .. last - 1 (at most kRowsPerTask) times blocks begin .. end - 1.
+// give(row, block, count, sums): sixteen results of each of `count` blocks.
 template <int kFormat, typename Give>
 void multiply_tile(
     const uint8_t* const* x, const Matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end, const Give& give) {
-  int64_t t = first;
-  for (; t + kTileRows <= last; t += kTileRows) multiply_blocks<kFormat, kTileRows, kTileBlocks>(x + t, m, t, begin, end, give);
-  if (kTileRows > 2) {
-    for (; t + 2 <= last; t += 2) multiply_blocks<kFormat, 2, kRowBlocks>(x + t, m, t, begin, end, give);
+  int64_t block = begin;
+  if (last - first == 1) {
+    for (; block + kRowBlocks <= end; block += kRowBlocks) multiply_row<kFormat, kRowBlocks>(x + first, m, first, block, give);
+    for (; block < end; block++) multiply_row<kFormat, 1>(x + first, m, first, block, give);
+  } else {
+    for (; block + kTileBlocks <= end; block += kTileBlocks) multiply_rows<kFormat, kTileBlocks>(x, m, first, last, block, give);
+    for (; block < end; block++) multiply_rows<kFormat, 1>(x, m, first, last, block, give);
   }
-  for (; t < last; t++) multiply_blocks<kFormat, 1, kRowBlocks>(x + t, m, t, begin, end, give);
 }
 
 template <typename Give>
@@ -367,7 +408,6 @@ ALWAYS_INLINE void give_block(const Job& job, Target target, int64_t row, int64_
   }
 }
 
-constexpr int64_t kRowsPerTask = 96;
 constexpr int64_t kBytesPerTask = 256 * 1024;  // of weights: they stay in the second cache while the rows pass
 
 void run_jobs(const std::vector<Job>& jobs) {
@@ -390,7 +430,7 @@ void run_jobs(const std::vector<Job>& jobs) {
     const Job& job = jobs[j];
     const int64_t inside = task - parts[j].first_task, size = parts[j].blocks_per_task;
     const int64_t begin = inside / parts[j].tiles * size, end = std::min(begin + size, job.matrix->num_blocks());
-    const int64_t first = inside % parts[j].tiles * kRowsPerTask, last = std::min(first + kRowsPerTask, job.num_rows);
+    const int64_t first = inside % parts[j].tiles * kRowsPerTask, last = std::min<int64_t>(first + kRowsPerTask, job.num_rows);
     auto run = [&](const Matrix& m, Target target) {
       multiply_tile(job.rows, m, first, last, begin, end, [&](int64_t row, int64_t block, int count, const Float16* sums) {
         give_block(job, target, row, block, count, sums);

@@ -20,7 +20,7 @@ namespace {
 constexpr int kRowsPerChunk = 256;
 constexpr int kHeads = 4;  // heads and rows in registers at once, where lanes are numbers
 constexpr int kRows = 4;
-constexpr int kRowsAtOnce = 8;  // where lanes are heads
+constexpr int kRowsAtOnce = 12;  // where lanes are heads
 constexpr int kPrefetch = 8;    // rows ahead
 
 struct MlaSparse {
@@ -60,7 +60,7 @@ struct MlaScratch {
   std::vector<uint32_t> weights;  // [rows/2][padded heads], two BF16 weights each
 
   explicit MlaScratch(const MlaSparse& a)
-      : scores(size_t(kRowsPerChunk) * a.padded_heads()),
+      : scores(size_t(kRowsPerChunk) * a.padded_heads() + kLanes),
         query(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0),
         weights(size_t(kRowsPerChunk / 2) * a.padded_heads()) {}
 };
@@ -106,6 +106,7 @@ ALWAYS_INLINE void dot_block(const Query* const query[kHeads], const Latent* con
 ALWAYS_INLINE void dot_block(
     const uint16_t* const query[kHeads], const uint16_t* const rows[kRows], int width, Float16 out[16]) {
   __m512 sums[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
   for (int d = 0; d < width; d += 2 * kLanes) {
     const __mmask32 inside = d + 2 * kLanes <= width ? 0xffffffffu : (1u << (width - d)) - 1;
@@ -118,6 +119,7 @@ ALWAYS_INLINE void dot_block(
       for (int h = 0; h < kHeads; h++) sums[r * kHeads + h] = _mm512_dpbf16_ps(sums[r * kHeads + h], row, q[h]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) out[i] = (Float16)sums[i];
 }
 #endif
@@ -169,17 +171,20 @@ void score_rows_of_heads(const MlaSparse& a, const uint16_t* packed, const int32
     for (int h = 0; h < padded; h += kLanes) {
       const uint16_t* query = packed + size_t(h) * a.width;
       __m512 sums[kRowsAtOnce];
+#pragma GCC unroll 16
       for (int r = 0; r < kRowsAtOnce; r++) sums[r] = _mm512_setzero_ps();
       for (int d = 0; d < a.width; d += 2) {
         const __m512bh q = (__m512bh)_mm512_loadu_si512(query + d * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < kRowsAtOnce; r++) {
           int32_t pair;
           memcpy(&pair, rows[r] + d, 4);
           sums[r] = _mm512_dpbf16_ps(sums[r], q, (__m512bh)_mm512_set1_epi32(pair));
         }
       }
-      for (int r = 0; r < std::min(kRowsAtOnce, count - k); r++) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRowsAtOnce; r++) {
+        if (r >= count - k) break;
         store(scores + (k + r) * padded + h, (Float16)sums[r] * a.scale);
       }
     }
@@ -233,7 +238,10 @@ ALWAYS_INLINE void weigh(const MlaSparse& a, const int32_t* selected, int head, 
       for (int v = 0; v < kVectors; v++) sums[i][v] += weight * values[v];
     }
   }
-  for (int i = 0; i < std::min(kHeads, a.num_heads - head); i++) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kHeads; i++) {
+    if (i >= a.num_heads - head) break;
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) store(out + (head + i) * a.latent_dim + begin + v * kLanes, sums[i][v]);
   }
 }
@@ -256,6 +264,7 @@ ALWAYS_INLINE void weigh_pairs(
   const bool is_whole = begin + 2 * kLanes <= a.latent_dim;
   const __mmask32 inside = is_whole ? 0xffffffffu : 0xffffu;
   __m512 low[kCount], high[kCount];
+#pragma GCC unroll 8
   for (int i = 0; i < kCount; i++) low[i] = high[i] = _mm512_setzero_ps();
   for (int k = 0; k < count; k += 2) {
     const uint16_t* first = row_at<uint16_t>(a, selected, k) + begin;
@@ -269,7 +278,10 @@ ALWAYS_INLINE void weigh_pairs(
       high[i] = _mm512_dpbf16_ps(high[i], v, pair);
     }
   }
-  for (int i = 0; i < std::min(kCount, a.num_heads - head); i++) {
+  // Constant indices keep the sums in registers: all loops over them are unrolled.
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; i++) {
+    if (i >= a.num_heads - head) break;
     // Unpacking has left numbers 0-3, 8-11, ... in one register and 4-7, 12-15, ... in the other.
     const Float16 u = (Float16)low[i], v = (Float16)high[i];
     float* to = out + (head + i) * a.latent_dim + begin;
@@ -278,15 +290,16 @@ ALWAYS_INLINE void weigh_pairs(
   }
 }
 
-void weigh_all_pairs(const MlaSparse& a, const int32_t* selected, int count, const float* scores, uint32_t* weights, float* out) {
+void weigh_all_pairs(const MlaSparse& a, const int32_t* selected, int count, float* scores, uint32_t* weights, float* out) {
   const int padded = a.padded_heads(), pairs = (count + 1) / 2;
+  // The scores are BF16 already: their upper halves are the numbers.
+  if (count % 2) std::fill(scores + count * padded, scores + (count + 1) * padded, 0.0f);
   for (int k = 0; k < pairs; k++) {
-    const float* even = scores + 2 * k * padded;
-    for (int h = 0; h < padded; h++) {
-      uint16_t first, second = 0;
-      narrow(even[h], &first);
-      if (2 * k + 1 < count) narrow(even[padded + h], &second);
-      weights[k * padded + h] = first | uint32_t(second) << 16;
+    for (int h = 0; h < padded; h += kLanes) {
+      const int left = std::min(kLanes, padded - h);
+      const Float16 even = load_at(scores + 2 * k * padded + h, left), odd = load_at(scores + (2 * k + 1) * padded + h, left);
+      const Word16 both = (reinterpret_cast<const Word16&>(even) >> 16) | (reinterpret_cast<const Word16&>(odd) & 0xffff0000u);
+      store_at(reinterpret_cast<float*>(weights + k * padded + h), reinterpret_cast<const Float16&>(both), left);
     }
   }
   for (int begin = 0; begin < a.latent_dim; begin += 2 * kLanes) {

@@ -7,27 +7,6 @@
 
 namespace {
 
-// Memory that one call after the other uses again: fresh pages from the system cost more than small products.
-class Arena {
- public:
-  void reset() { used_ = 0, place_ = 0; }
-  uint8_t* bytes(int64_t count) {
-    count = (count + 63) / 64 * 64;
-    while (place_ < blocks_.size() && used_ + count > int64_t(blocks_[place_].size()) - 64) place_++, used_ = 0;
-    if (place_ == blocks_.size()) blocks_.emplace_back(size_t(std::max<int64_t>(count, 1 << 22)) + 64), used_ = 0;
-    uint8_t* first = blocks_[place_].data();
-    first += (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 + used_;
-    used_ += count;
-    return first;
-  }
-  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * sizeof(float))); }
-
- private:
-  std::vector<std::vector<uint8_t>> blocks_;
-  size_t place_ = 0;
-  int64_t used_ = 0;
-};
-
 // Matrix `number` of a stack of equal ones.
 Matrix of_stack(const Matrix& stack, int64_t number) {
   Matrix one = stack;
@@ -138,7 +117,7 @@ class Experts {
     }
     run_jobs(jobs);
 
-    Input y(inner, entries, width), z(shared_inner, num_tokens_, shared_inner ? shared_down_->width : 0);
+    Input y(inner, entries, width, arena), z(shared_inner, num_tokens_, shared_inner ? shared_down_->width : 0, arena);
     float* outputs = arena.floats(entries * hidden_size);
     const uint8_t* const* inner_rows = y.rows(down_);
     jobs.clear();

@@ -29,17 +29,21 @@ T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-void widen_rows(const Tensor& x, float* y) {
-  for_each_run(x.numel(), 1 << 14, [&](int64_t first, int64_t last) {
-    if (is_bf16(x)) for (int64_t i = first; i < last; i++) y[i] = widen(data<uint16_t>(x)[i]);
-    else memcpy(y + first, data<float>(x) + first, (last - first) * sizeof(float));
+void widen_rows(const Tensor& tensor, float* y) {
+  const void* x = tensor.data_ptr();
+  const bool narrow = is_bf16(tensor);
+  for_each_run(tensor.numel(), 1 << 14, [=](int64_t first, int64_t last) {
+    if (narrow) widen_row(static_cast<const uint16_t*>(x) + first, last - first, y + first);
+    else memcpy(y + first, static_cast<const float*>(x) + first, (last - first) * sizeof(float));
   });
 }
 
-void narrow_rows(const float* x, const Tensor& y) {
-  for_each_run(y.numel(), 1 << 14, [&](int64_t first, int64_t last) {
-    if (is_bf16(y)) narrow_row(x + first, last - first, mutable_data<uint16_t>(y) + first);
-    else memcpy(mutable_data<float>(y) + first, x + first, (last - first) * sizeof(float));
+void narrow_rows(const float* x, const Tensor& tensor) {
+  void* y = tensor.data_ptr();
+  const bool narrow = is_bf16(tensor);
+  for_each_run(tensor.numel(), 1 << 14, [=](int64_t first, int64_t last) {
+    if (narrow) narrow_row(x + first, last - first, static_cast<uint16_t*>(y) + first);
+    else memcpy(static_cast<float*>(y) + first, x + first, (last - first) * sizeof(float));
   });
 }
 
@@ -71,24 +75,26 @@ int64_t packed_bytes(const Tensor& matrix) {
 // x [T, in] -> output [T, out], both BF16 or fp32.
 void linear(const Tensor& x, const Tensor& matrix, const Tensor& output) {
   const Matrix& m = *data<Matrix>(matrix);
-  std::vector<float> wide(x.numel()), sums(output.numel());
-  widen_rows(x, wide.data());
-  Input rows(wide.data(), x.size(0), m.width);
-  run_jobs({{&m, rows.rows(m), x.size(0), sums.data(), m.num_outputs, kStore}});
-  narrow_rows(sums.data(), output);
+  arena().reset();
+  float *wide = arena().floats(x.numel()), *sums = arena().floats(output.numel());
+  widen_rows(x, wide);
+  Input rows(wide, x.size(0), m.width, arena());
+  run_jobs({{&m, rows.rows(m), x.size(0), sums, m.num_outputs, kStore}});
+  narrow_rows(sums, output);
 }
 
 void moe_experts(
     const Tensor& hidden, const Tensor& experts, const Tensor& gates, const Tensor& gate_up, const Tensor& down, int64_t num_experts,
     const Tensor& output) {
   const int64_t num_tokens = hidden.size(0), width = hidden.size(1);
-  std::vector<float> wide(hidden.numel()), sums(hidden.numel());
-  widen_rows(hidden, wide.data());
-  Input x(wide.data(), num_tokens, width);
-  Arena memory;
+  arena().reset();
+  float *wide = arena().floats(hidden.numel()), *sums = arena().floats(hidden.numel());
+  std::fill(sums, sums + hidden.numel(), 0.0f);
+  widen_rows(hidden, wide);
+  Input x(wide, num_tokens, width, arena());
   Experts run(*data<Matrix>(gate_up), *data<Matrix>(down), num_experts, experts.size(1), num_tokens, data<int64_t>(experts), data<float>(gates));
-  run.add(x, width, sums.data(), memory);
-  narrow_rows(sums.data(), output);
+  run.add(x, width, sums, arena());
+  narrow_rows(sums, output);
 }
 
 // -> whether a score was NaN. page_table: int64 [P] of the sequence.
@@ -136,12 +142,14 @@ void rope_table(const Tensor& positions, double theta, const Tensor& cos, const 
   const int64_t half = cos.size(1);
   std::vector<double> frequencies(half);
   for (int64_t i = 0; i < half; i++) frequencies[i] = std::pow(theta, -double(2 * i) / double(2 * half));
+  const int64_t* position = data<int64_t>(positions);
+  float *of_cos = mutable_data<float>(cos), *of_sin = mutable_data<float>(sin);
   for_each_run(positions.numel(), 64, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++) {
       for (int64_t i = 0; i < half; i++) {
-        const double angle = double(data<int64_t>(positions)[t]) * frequencies[i];
-        mutable_data<float>(cos)[t * half + i] = float(std::cos(angle));
-        mutable_data<float>(sin)[t * half + i] = float(std::sin(angle));
+        const double angle = double(position[t]) * frequencies[i];
+        of_cos[t * half + i] = float(std::cos(angle));
+        of_sin[t * half + i] = float(std::sin(angle));
       }
     }
   });

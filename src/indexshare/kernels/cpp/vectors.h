@@ -89,6 +89,13 @@ ALWAYS_INLINE Float16 round_to_bf16(Float16 x) {
 }
 
 template <typename Number>
+void widen_row(const Number* x, int64_t count, float* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i));
+  for (; i < count; i++) y[i] = widen(x[i]);
+}
+
+template <typename Number>
 void narrow_row(const float* x, int64_t count, Number* y) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(y + i, load(x + i));
