@@ -10,14 +10,26 @@ os.environ.setdefault("INDEXSHARE_THREADS", "1")
 os.environ.setdefault("INDEXSHARE_CACHE", str(Path(__file__).parents[1] / ".kernels_cache"))  # built once, not in $HOME
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from indexshare.kernels import native
 
 # The default suite is repeatable; `make test-slow` tries more examples, drawn at random.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_kernels() -> None:
+    """The C++ twins from the first test on, not from the first that happens to load a model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a compiler the specifications are tested
+        native.enable()
 
 
 @pytest.fixture(autouse=True)

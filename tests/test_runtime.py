@@ -33,7 +33,7 @@ def test_settings_have_defaults_and_come_from_the_environment(monkeypatch: pytes
         ("INDEXSHARE_THREADS", "0", "positive whole number"),
         ("INDEXSHARE_WORKSPACE_MIB", "-1", "positive whole number"),
         ("INDEXSHARE_THREDS", "2", "unknown environment variable INDEXSHARE_THREDS"),
-        ("INDEXSHARE_FOO", "1", "known: INDEXSHARE_DEVICE, INDEXSHARE_THREADS, INDEXSHARE_WORKSPACE_MIB$"),
+        ("INDEXSHARE_FOO", "1", "known: INDEXSHARE_CACHE, INDEXSHARE_DEVICE, INDEXSHARE_ISA, "),
     ],
 )
 def test_a_wrong_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:

@@ -39,10 +39,10 @@ def test_chunks_and_pages_do_not_change_the_result(
     open_session: Any, text: list[int], chunk_size: int, page_size: int
 ) -> None:
     at_once = open_session(page_size=64).logprobs(text, chunk_size=NUM_TOKENS)
-    before = registry.hits["index_select", "torch"]
+    before = registry.num_calls("index_select")
     session = open_session(page_size=page_size)
     in_chunks = session.logprobs(text, chunk_size=chunk_size)
-    assert registry.hits["index_select", "torch"] > before, "the sparse branch must have run"
+    assert registry.num_calls("index_select") > before, "the sparse branch must have run"
     assert in_chunks.dtype == torch.float32
     assert in_chunks.shape == (NUM_TOKENS - 1,)
     torch.testing.assert_close(in_chunks, at_once, rtol=0, atol=TOLERANCE)

@@ -18,6 +18,8 @@ from indexshare.eval.documents import Document, Library
 from indexshare.eval.language import measure_language
 from indexshare.eval.measure import indexer_in_every_layer
 from indexshare.eval.retrieval import depth_grid, evaluate_length, summarise, wilson_interval
+from indexshare.kernels import ops
+from indexshare.model.glm import weights_of
 from indexshare.train import corpus
 from indexshare.train.episodes import Episode, answer, question, render_episode
 from indexshare.train.tokenizer import TextEncoder
@@ -188,14 +190,18 @@ def test_bits_per_byte_do_not_depend_on_the_window_below_its_size(llm: LLM) -> N
     assert windows.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.1)  # less context, the same tokens
 
 
+def place(weight: ops.Weight) -> int:
+    return (weight if isinstance(weight, torch.Tensor) else weight.data).data_ptr()
+
+
 def test_borrowed_indexers_share_memory_and_change_only_the_selection(llm: LLM, library: Library) -> None:
     every = indexer_in_every_layer(llm)
     assert [every.config.is_full(layer) for layer in range(6)] == [True] * 6
-    own, borrowed = (each.model.state_dict() for each in (llm, every))
-    for name, tensor in own.items():
-        assert borrowed[name].data_ptr() == tensor.data_ptr()
+    own, borrowed = (weights_of(each.model) for each in (llm, every))
+    for name, weight in own.items():
+        assert place(borrowed[name]) == place(weight)
     key = "model.layers.{}.self_attn.indexer.wk.weight"
-    assert borrowed[key.format(3)].data_ptr() == own[key.format(1)].data_ptr()
+    assert place(borrowed[key.format(3)]) == place(own[key.format(1)])
     token_ids = library.tokenizer.encode(corpus.read_text("bisect.py"))[:300]
     dense = [each.logprobs(token_ids, attention="dense") for each in (llm, every)]
     torch.testing.assert_close(*dense, rtol=0, atol=0)

@@ -1,23 +1,22 @@
 """Tiles so small that every operation cuts even a small test into many; each twin that this processor can run."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from indexshare.kernels import native, ops, registry
 
-TWINS = ("index_select", "mla_sparse")
-INSTRUCTION_SETS = [name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()]
+INSTRUCTION_SETS = [
+    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
+]
 
 
 @pytest.fixture(params=["torch", *INSTRUCTION_SETS])
-def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with the specification, and with the C++ twins of each instruction set alone."""
-    for name in TWINS:
+    for name in native.TWINS:
         monkeypatch.setattr(registry.get(name), "twins", [])
     if request.param != "torch":
         native.register(request.param)
-    yield request.param
+    return request.param
 
 
 @pytest.fixture

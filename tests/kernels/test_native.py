@@ -19,7 +19,9 @@ from indexshare.kernels import native, ops, registry
 from indexshare.kernels.layout import KeyLayout
 
 BF16, FP32 = torch.bfloat16, torch.float32
-INSTRUCTION_SETS = [name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()]
+INSTRUCTION_SETS = [
+    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
+]
 
 
 def whole(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -29,7 +31,7 @@ def whole(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in ("index_select", "mla_sparse"):
+    for name in native.TWINS:
         monkeypatch.setattr(registry.get(name), "twins", [])
     native.register(request.param)
     return request.param
@@ -37,12 +39,22 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("query_dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("key_dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize(("num_heads", "dim"), [(1, 16), (4, 64), (5, 16), (16, 64), (20, 16), (32, 64), (2, 256), (3, 4)])
+@pytest.mark.parametrize(
+    ("num_heads", "dim"), [(1, 16), (4, 64), (5, 16), (16, 64), (20, 16), (32, 64), (2, 256), (3, 4)]
+)
 def test_selected_sets_are_those_of_the_specification(
     isa: str, num_heads: int, dim: int, query_dtype: torch.dtype, key_dtype: torch.dtype
 ) -> None:
     """Few and many queries, key counts that fill no block, pages in no order, top-k around what is visible."""
-    for num_new, num_past, topk in ((1, 0, 8), (1, 300, 8), (5, 100, 64), (40, 0, 16), (33, 470, 64), (1, 64, 64), (1, 65, 64)):
+    for num_new, num_past, topk in (
+        (1, 0, 8),
+        (1, 300, 8),
+        (5, 100, 64),
+        (40, 0, 16),
+        (33, 470, 64),
+        (1, 64, 64),
+        (1, 65, 64),
+    ):
         paged = paged_keys([num_new], [num_past], dim, 16, key_dtype)
         paged.pool[paged.layout.rows(0)] = whole(num_new + num_past, dim, dtype=key_dtype)
         query, weights = whole(num_new, num_heads, dim, dtype=query_dtype), whole(num_new, num_heads, dtype=FP32) / 4
@@ -62,7 +74,9 @@ def test_attention_is_that_of_the_specification(
     used = torch.randperm(400)[:300]
     pool[used] = torch.randn(300, width).to(latent_dtype)
     for num_tokens, num_selected in ((1, 1), (1, 6), (1, 257), (9, 100)):
-        selection = torch.stack([used[torch.randperm(300)[:num_selected]].sort().values for _ in range(num_tokens)]).int()
+        selection = torch.stack(
+            [used[torch.randperm(300)[:num_selected]].sort().values for _ in range(num_tokens)]
+        ).int()
         if num_tokens > 2:
             selection[1, num_selected // 2 :] = -1
             selection[2, 1:] = -1
@@ -112,7 +126,8 @@ def test_what_a_twin_does_not_take_goes_to_the_specification(isa: str) -> None:
     query, latents, selection = torch.randn(1, 2, 32), torch.randn(8, 32), torch.zeros(1, 4, dtype=torch.int32)
     assert refusals(query, latents, selection, 0.1, 16) is None
     assert "float64" in refusals(query.double(), latents.double(), selection, 0.1, 16)
-    assert "multiples" in refusals(query[..., :30], latents[..., :30], selection, 0.1, 16)
+    assert "multiples" in refusals(query[..., :31], latents[..., :31], selection, 0.1, 16)
+    assert "multiples" in refusals(query, latents, selection, 0.1, 24)
     assert "contiguous" in refusals(query, torch.randn(32, 8).T, selection, 0.1, 16)
     assert "gradients" in refusals(query.requires_grad_(), latents, selection, 0.1, 16)
     with torch.no_grad():
@@ -138,7 +153,9 @@ def run(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_build_at_once_and_the_next_finds_the_library(tmp_path: Path) -> None:
     variables = os.environ | {"INDEXSHARE_CACHE": str(tmp_path / "cache"), "INDEXSHARE_ISA": "scalar"}
     both = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     outputs = [process.communicate(timeout=110) for process in both]
@@ -161,7 +178,9 @@ def test_without_a_compiler_the_specification_runs_and_says_why(tmp_path: Path) 
 
 def test_a_failed_build_is_told_in_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 1 && exit\necho 'native.cpp:1: error: no' >&2\nexit 1\n")
+    broken.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo 1 && exit\necho 'native.cpp:1: error: no' >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     done = run(tmp_path, CXX=str(broken))
     assert done.stdout.splitlines()[0] == f"{broken} failed: native.cpp:1: error: no"

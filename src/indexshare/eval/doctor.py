@@ -30,9 +30,11 @@ from indexshare.eval.comparison import COMPARISONS, compare_result, narrow, rela
 from indexshare.kernels import ops, registry
 from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.layout import KeyLayout
+from indexshare.kernels.packed import PackedWeight
 from indexshare.model.batch import CacheView, ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import Attention, GlmForCausalLM, RopeTable, assign_weights, weights_of
+from indexshare.model.native import pack_model
 from indexshare.model.weights import load_model
 
 # Relative root mean square error that one operation and one whole layer may have. A rounding to bfloat16 alone is 2e-3,
@@ -110,6 +112,8 @@ def diagnose(
     """
     target, number_type = runtime.resolve_device(device), runtime.resolve_dtype(dtype)
     model = load_model(directory, dtype=number_type, device=target, index_pattern=index_pattern, strict=strict)
+    if target.type == "cpu":
+        pack_model(model)  # what runs is what is checked
     config = model.requires_grad_(False).eval().config
     chosen = lengths or (max(2, min(config.index_topk // 2, 1024)), config.index_topk + 256)
     if min(chosen) < 2 or max(chosen) > config.max_position_embeddings:
@@ -177,7 +181,8 @@ def render(report: DoctorReport) -> Group:
     return Group(*([table] if report.lines else []), *notes, verdict)
 
 
-def _is_finite(weight: Tensor | QuantizedWeight) -> bool:
+def _is_finite(weight: ops.Weight) -> bool:
+    weight = weight.plain() if isinstance(weight, PackedWeight) else weight
     if isinstance(weight, QuantizedWeight):
         if weight.format == "fp8" and bool((weight.data.view(torch.uint8) & 127 == 127).any()):
             return False  # the one NaN of E4M3; it has no infinity
@@ -186,7 +191,10 @@ def _is_finite(weight: Tensor | QuantizedWeight) -> bool:
 
 
 def _rounds_activations(weights: Iterable[Any]) -> bool:
-    return any(isinstance(weight, QuantizedWeight) and weight.format != "fp8" for weight in weights)
+    formats = (
+        weight.dtype if isinstance(weight, PackedWeight) else getattr(weight, "format", "") for weight in weights
+    )
+    return any(name in ("int8", "int4") for name in formats)
 
 
 def _described(error: BaseException) -> str:

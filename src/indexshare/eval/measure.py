@@ -34,6 +34,7 @@ from indexshare.eval.retrieval import TALK_TOKENS, Answer, ask
 from indexshare.kernels import registry
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM, assign_weights, weights_of
+from indexshare.model.native import pack_model
 
 DECODE_TOKENS = 32
 
@@ -89,6 +90,8 @@ def indexer_in_every_layer(llm: LLM) -> LLM:
         found = {name: weight for name, weight in weights.items() if name.startswith(source)}
         weights |= {target + name.removeprefix(source): weight for name, weight in found.items()}
     assign_weights(model, weights)
+    if llm.model.stack.packed is not None:
+        pack_model(model)
     return LLM(model, tokenizer=llm.tokenizer, template=ChatTemplate.from_directory(llm.directory))
 
 

@@ -68,11 +68,8 @@ def register(isa: str) -> None:
     """Adds the twins of one instruction set. Raises KernelError when they cannot be built or loaded."""
     operators = load(isa)
     name = NAME if isa == instruction_set() else f"{NAME} {isa}"
-    registry.register("index_select", _index_select_twin(name, operators))
-    registry.register("mla_sparse", _mla_sparse_twin(name, operators))
-    registry.register("linear", _linear_twin(name, operators))
-    registry.register("moe_experts", _moe_experts_twin(name, operators))
-    registry.register("rope_table", _rope_table_twin(name, operators))
+    for operation, make_twin in TWINS.items():
+        registry.register(operation, make_twin(name, operators))
 
 
 def instruction_set() -> str:
@@ -141,7 +138,8 @@ def _compiler() -> str:
 
 def _version(compiler: str) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+        command = [compiler, "--version"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603 - the compiler
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelError(f"{compiler} --version failed: {error}") from None
 
@@ -180,7 +178,7 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     command += ["-o", str(partial), f"-L{root / 'lib'}", *LIBRARIES]
     begin = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)  # noqa: S603, PLW1510
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
             raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {done.returncode}'}")
@@ -191,7 +189,9 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
         raise KernelError(f"the kernels could not be built in {library.parent}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
-    print(f"compiled the {isa} kernels in {time.perf_counter() - begin:.0f} s, kept in {library.parent}", file=sys.stderr)
+    seconds = time.perf_counter() - begin
+    sys.stderr.write(f"compiled the {isa} kernels in {seconds:.0f} s, kept in {library.parent}
+")
 
 
 # ---------------------------------------------------------------------------------------------------------------- twins
@@ -283,9 +283,7 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
         hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: PackedWeight, down: PackedWeight
     ) -> Tensor:
         output = torch.empty_like(hidden)
-        operators.moe_experts(
-            hidden, experts, gates, gate_up.descriptor, down.descriptor, gate_up.shape[0], output
-        )
+        operators.moe_experts(hidden, experts, gates, gate_up.descriptor, down.descriptor, gate_up.shape[0], output)
         return output
 
     return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports)
@@ -305,3 +303,12 @@ def _rope_table_twin(name: str, operators: Any) -> registry.Twin:
         return table[0], table[1]
 
     return registry.Twin(name=name, devices=("cpu",), function=rope_table, supports=supports)
+
+
+TWINS = {
+    "index_select": _index_select_twin,
+    "linear": _linear_twin,
+    "mla_sparse": _mla_sparse_twin,
+    "moe_experts": _moe_experts_twin,
+    "rope_table": _rope_table_twin,
+}

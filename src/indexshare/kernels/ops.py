@@ -387,9 +387,7 @@ def moe_route(
 
 
 @operation
-def moe_experts(
-    hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Weight, down: Weight
-) -> Tensor:
+def moe_experts(hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """sum_a gates[t, a] * down_e(silu(gate_e x) * up_e x) with e = experts[t, a]; tokens grouped by expert.
 
     hidden [T, D], experts int64 [T, A], gates [T, A], gate_up [E, 2F, D] (gate first), down [E, D, F] -> [T, D].

@@ -114,9 +114,7 @@ def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
     for number, one in enumerate(stack):
         operators.pack(one.contiguous(), as_tensor(matrix), data[number * size : (number + 1) * size])
     matrix.data = data.data_ptr()
-    return PackedWeight(
-        data=data, scales=scales, shape=shape, dtype=dtype, matrix=matrix, descriptor=as_tensor(matrix)
-    )
+    return PackedWeight(data=data, scales=scales, shape=shape, dtype=dtype, matrix=matrix, descriptor=as_tensor(matrix))
 
 
 def _pack_scales(weight: QuantizedWeight) -> Tensor:

@@ -131,9 +131,14 @@ def get(name: str) -> Operation[..., Any]:
     return _operations[name]
 
 
+def num_calls(name: str) -> int:
+    """Calls of an operation so far, by any twin."""
+    return sum(count for (called, _), count in hits.items() if called == name)
+
+
 def names() -> tuple[str, ...]:
-    """All registered operations, sorted."""
-    return tuple(sorted(_operations))
+    """All operations that are not made of others, sorted."""
+    return tuple(sorted(name for name, known in _operations.items() if not known.composite))
 
 
 @contextmanager

@@ -410,19 +410,16 @@ class GlmForCausalLM(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
-    """What `state_dict` gives, and quantised weights under the names of the parameters they replaced.
-
-    No copies, except of packed weights."""
-    weights: dict[str, Tensor | QuantizedWeight] = dict(module.state_dict(keep_vars=True))
+def weights_of(module: nn.Module) -> dict[str, ops.Weight]:
+    """What `state_dict` gives, and quantised or packed weights where they replaced parameters; no copies."""
+    weights: dict[str, ops.Weight] = dict(module.state_dict(keep_vars=True))
     for place, part in module.named_modules():
         found = {name: value for name, value in vars(part).items() if isinstance(value, QuantizedWeight | PackedWeight)}
-        found = {name: value.plain() if isinstance(value, PackedWeight) else value for name, value in found.items()}
         weights |= {f"{place}.{name}" if place else name: value for name, value in found.items()}
     return weights
 
 
-def assign_weights(module: nn.Module, weights: Mapping[str, Tensor | QuantizedWeight]) -> None:
+def assign_weights(module: nn.Module, weights: Mapping[str, ops.Weight]) -> None:
     """Give a module all its weights, by name, without copies: the inverse of `weights_of`."""
     plain: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -31,6 +31,7 @@ from indexshare.model.glm import (
     decoder_layers,
 )
 
+TIMED = ("linear", "index_select", "mla_sparse", "moe_experts")
 MAX_ROPE = 1024  # numbers that the kernels turn at once
 INTEGERS = ("hidden", "heads", "query_rank", "latent", "nope", "rope", "value", "index_heads", "index_dim")
 MATRICES = ("q_a", "q_b", "kv_a", "absorb", "value", "output", "index_query", "index_key", "index_weights")
@@ -66,7 +67,10 @@ class Layer(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLayers:
-    """The layers of a stack as the kernels read them. owned: every tensor that they point to."""
+    """The layers of a stack as the kernels read them. owned: every tensor that they point to.
+
+    seconds: what a call has spent on the operations TIMED.
+    """
 
     operators: Any
     geometry: Tensor
@@ -75,6 +79,7 @@ class PackedLayers:
     num_indexers: int
     dtype: torch.dtype
     owned: tuple[object, ...]
+    seconds: Tensor
 
 
 def pack_model(model: GlmForCausalLM) -> str | None:
@@ -116,7 +121,10 @@ def _refusal(model: GlmForCausalLM) -> str | None:
 
 
 def _replace(operators: Any, module: nn.Module, name: str) -> None:
-    packed = pack(operators, getattr(module, name))
+    weight = getattr(module, name)
+    if isinstance(weight, PackedWeight):
+        return  # shared with a model that is packed already
+    packed = pack(operators, weight)
     delattr(module, name)  # a parameter, which nn.Module would not let another type replace
     setattr(module, name, packed)
 
@@ -149,6 +157,7 @@ def _pack_stack(operators: Any, config: GlmConfig, layers: tuple[DecoderLayer, .
         num_indexers=sum(layer.self_attn.indexer is not None for layer in layers),
         dtype=layers[0].input_layernorm.weight.dtype,
         owned=tuple(owned),
+        seconds=torch.zeros(len(TIMED), dtype=torch.float64),
     )
 
 
@@ -207,7 +216,7 @@ def _supports(
     if batch.attention != "sparse":
         return "attention is dense"
     if hidden.dtype != stack.packed.dtype or batch.cache.dtype != hidden.dtype:
-        return f"hidden states are {hidden.dtype} and caches {batch.cache.dtype}; weights were packed for {stack.packed.dtype}"
+        return f"activations are {hidden.dtype}, caches {batch.cache.dtype}, weights packed for {stack.packed.dtype}"
     return None
 
 
@@ -239,7 +248,11 @@ def _run(
         hidden.dtype == torch.bfloat16,
         batch.query_only,
         rows,
+        packed.seconds,
     )
+    if registry.is_timing():
+        registry.add_seconds(dict(zip(TIMED, packed.seconds.tolist(), strict=True)))
+    packed.seconds.zero_()
     if failed:
         raise KernelError(f"layer {packed.numbers[failed - 1]}: {ops.NAN_SCORES}")
     if batch.trace is not None:

@@ -2,6 +2,7 @@
 // Activations are fp32 between products; the residual stream stays fp32 through all layers.
 #pragma once
 
+#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -112,17 +113,26 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t rope, bo
   memcpy(y, turned, rope * sizeof(float));
 }
 
+// Where the time goes, in seconds, by operation of the specification.
+struct Seconds {
+  double linear, index_select, mla_sparse, moe_experts;
+};
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 // Queries, keys and attention of one layer; hidden [T][D] grows by its output.
 class LayerRun {
  public:
-  LayerRun(const Layer& layer, const Step& step, CacheRow latents, CacheRow index_keys, Arena& arena)
-      : layer_(layer), step_(step), g_(*step.geometry), latents_(latents), index_keys_(index_keys), arena_(arena) {}
+  LayerRun(const Layer& layer, const Step& step, CacheRow latents, CacheRow index_keys, Arena& arena, Seconds& seconds)
+      : layer_(layer), step_(step), g_(*step.geometry), latents_(latents), index_keys_(index_keys), arena_(arena), seconds_(seconds) {}
 
   // Returns whether an index score was NaN.
   bool run(float* hidden) {
     arena_.reset();
     const int64_t T = step_.num_tokens;
     bool is_nan = false;
+    double begun = now();
+    auto spend = [&](double& on) { const double time = now(); on += time - begun, begun = time; };
     float* normed = arena_.floats(T * g_.hidden);
     norm_rows(hidden, layer_.input_norm, normed);
     {
@@ -141,15 +151,21 @@ class LayerRun {
       run_jobs(jobs);
     }
     absorb();
+    spend(seconds_.linear);
     if (runs_indexer()) is_nan = select();
-    attend();
+    spend(seconds_.index_select);
+    const uint8_t* attended = attend();
+    spend(seconds_.mla_sparse);
+    take_values(attended);
     {
       Input x(values_, T, g_.heads * g_.value, arena_);
       run_jobs({job(layer_.output, x, hidden, kAdd)});
     }
     norm_rows(hidden, layer_.mlp_norm, normed);
+    if (layer_.num_experts == 0) dense(normed, hidden);
+    spend(seconds_.linear);
     if (layer_.num_experts > 0) mixture(normed, hidden);
-    else dense(normed, hidden);
+    spend(seconds_.moe_experts);
     return is_nan;
   }
 
@@ -273,7 +289,7 @@ class LayerRun {
     return is_nan;
   }
 
-  void attend() {
+  const uint8_t* attend() {
     const int64_t T = step_.num_tokens;
     uint8_t* attended = arena_.bytes(T * g_.heads * g_.latent * number_size());
     MlaSparse a{};
@@ -289,6 +305,12 @@ class LayerRun {
     a.scale = float(g_.scale);
     a.output = attended;
     mla_sparse_all(a);
+    return attended;
+  }
+
+  // From the attended latents to values, head by head.
+  void take_values(const uint8_t* attended) {
+    const int64_t T = step_.num_tokens;
     values_ = arena_.floats(T * g_.heads * g_.value);
     const int64_t tiles = (T + kTile - 1) / kTile, size = g_.latent * number_size();
     for_each_task(g_.heads * tiles, [&](int64_t task) {
@@ -341,6 +363,7 @@ class LayerRun {
   const Geometry& g_;
   CacheRow latents_, index_keys_;
   Arena& arena_;
+  Seconds& seconds_;
   float *query_latent_ = nullptr, *latent_ = nullptr, *index_key_ = nullptr, *index_weights_ = nullptr;
   float *query_ = nullptr, *index_query_ = nullptr, *values_ = nullptr;
   uint8_t* absorbed_ = nullptr;

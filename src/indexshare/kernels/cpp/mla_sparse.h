@@ -317,7 +317,7 @@ void attend_chunk(const MlaSparse& a, int64_t token, const int32_t* rows, int co
   const int padded = a.padded_heads();
   float* sums = part + 2 * padded;
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(Latent) == 2) {
+  if constexpr (sizeof(Query) == 2 && sizeof(Latent) == 2) {
     if (a.lanes_are_heads()) score_rows_of_heads(a, s.query.data(), rows, count, s.scores.data());
     else score_rows<Query, Latent>(a, token, rows, count, s.scores.data());
     soften(s.scores.data(), count, padded, true, part, part + padded);

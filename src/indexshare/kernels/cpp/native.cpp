@@ -157,11 +157,12 @@ void rope_table(const Tensor& positions, double theta, const Tensor& cos, const 
 
 // hidden [T, D] -> output [T, D]. lengths: starts of the sequences (one more than there are), then contexts. caches: int64 [layers, 2], addresses of latents and index keys.
 // selections [n, T, K]: with n > 1 each layer that runs its indexer writes a new one, else the next replaces the last.
+// seconds: fp64 [4], see Seconds; added to.
 // -> 1 + the number of the first layer with a NaN score, or 0.
 int64_t run_layers(
     const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& output, const Tensor& lengths,
     const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, bool cache_is_bf16,
-    bool query_only, const Tensor& selections) {
+    bool query_only, const Tensor& selections, const Tensor& seconds) {
   Step step{};
   step.geometry = data<Geometry>(geometry);
   step.num_tokens = hidden.size(0);
@@ -189,7 +190,8 @@ int64_t run_layers(
     }
     const int64_t* pools = data<int64_t>(caches) + 2 * i;
     LayerRun run(
-        layer, step, {reinterpret_cast<void*>(pools[0]), cache_is_bf16}, {reinterpret_cast<void*>(pools[1]), cache_is_bf16}, arena());
+        layer, step, {reinterpret_cast<void*>(pools[0]), cache_is_bf16}, {reinterpret_cast<void*>(pools[1]), cache_is_bf16}, arena(),
+        *mutable_data<Seconds>(seconds));
     if (run.run(stream.data())) return i + 1;
   }
   narrow_rows(stream.data(), output);
@@ -216,7 +218,7 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
       "run_layers(Tensor geometry, Tensor layers, Tensor hidden, Tensor(a!) output, Tensor lengths, Tensor page_table, "
-      "int page_size, Tensor cos, Tensor sin, Tensor caches, bool cache_is_bf16, bool query_only, Tensor(b!) selections) -> int");
+      "int page_size, Tensor cos, Tensor sin, Tensor caches, bool cache_is_bf16, bool query_only, Tensor(b!) selections, Tensor(c!) seconds) -> int");
 }
 
 IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
