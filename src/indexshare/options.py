@@ -36,6 +36,8 @@ class LoadOptions:
     """Precision of weights and cache."""
     index_pattern: str | None = None
     """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
+    quant: Literal["int8", "int4", "none"] | None = None
+    """Quantise weights while they are read; none widens a quantised checkpoint. By default weights stay as stored."""
     strict: bool = True
     """Refuse unknown keys in config.json; --no-strict warns instead."""
     threads: int | None = None
@@ -64,6 +66,7 @@ class LoadOptions:
                 device=self.device,
                 dtype=self.dtype,
                 index_pattern=self.index_pattern,
+                quant=self.quant,
                 strict=self.strict,
             )
         except UnhealthyError as error:

@@ -2,8 +2,8 @@
 
 | format | data | scales, float32 | value | activations |
 |---|---|---|---|---|
-| int8 | int8 [.., out, in], -127..127 | [.., out, 1] | data * scale | int8, groups of 128 |
-| int4 | uint8 [.., out, ceil(in/2)], two 4-bit numbers | [.., out, ceil(in/G)] | (bits - 8) * scale | int8, groups of G |
+| int8 | int8 [.., out, in], -127..127 | [.., out, 1] | data * scale | int8, by 128 |
+| int4 | uint8 [.., out, ceil(in/2)], two 4-bit numbers | [.., out, ceil(in/G)] | (bits - 8) * scale | int8, by G |
 | fp8 | float8_e4m3fn [.., out, in] | [.., ceil(out/128), ceil(in/128)] | data * scale | as they are |
 
 int4: the low four bits hold the input with the even number; G is the weight's group size. The last group or block may

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from indexshare.model.config import FP8_BLOCK, GlmConfig
+from indexshare.model.config import GlmConfig
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,7 +55,7 @@ class WeightGroup:
         if weight_format == "bfloat16" or not self.quantized:
             return self.copies * self.size * 2
         if weight_format == "fp8":
-            scales = -(-self.rows // FP8_BLOCK[0]) * -(-self.columns // FP8_BLOCK[1])
+            scales = -(-self.rows // 128) * -(-self.columns // 128)
             return self.copies * (self.size + 4 * scales)
         assert weight_format == "int4", weight_format
         return self.copies * self.rows * (-(-self.columns // 2) + 2 * -(-self.columns // 64))
