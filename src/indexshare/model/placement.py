@@ -4,7 +4,7 @@
 tensor by tensor, so that memory holds the model once plus one tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,20 @@ class Placement:
             made[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
         return {name: made[id(tensor)] for name, tensor in self.shapes.items()}
 
-    def fill(self, weights: Mapping[str, Tensor | QuantizedWeight]) -> tuple[str, ...]:
-        """Read every weight into its place, in the order of the files; returns those converted from FP8."""
+    def fill(
+        self, weights: Mapping[str, Tensor | QuantizedWeight], progress: Callable[[int, int], None] | None = None
+    ) -> tuple[str, ...]:
+        """Read every weight into its place, in the order of the files; returns those converted from FP8.
+
+        progress(weights read, weights to read).
+        """
         places = dict(views(weights, self.sources))
         first = {name: self.sources[name].tensors[0] for name in places}
         order = sorted(places, key=lambda name: (first[name].path, first[name].offset))
-        for name in order:
+        for number, name in enumerate(order, start=1):
             _read_into(places[name], self.sources[name])
+            if progress is not None:
+                progress(number, len(order))
         return tuple(name for name in order if self.sources[name].format == "fp8" and not _is_fp8(places[name]))
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -106,6 +106,7 @@ def load_checkpoint(
     latent_norm_eps: float | None = None,
     quant: Quant | None = None,
     strict: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[GlmForCausalLM, LoadReport]:
     """Build a model from a directory with config.json and safetensors.
 
@@ -120,6 +121,7 @@ def load_checkpoint(
             a `Policy` with more choices, quantises while reading; "none" widens everything to `dtype`.
         strict: unknown keys of config.json and unexpected tensors are errors; else a warning (keys) and an entry in
             the report (tensors). Missing tensors, wrong shapes and wrong dtypes are errors always.
+        progress: is told (weights read, weights to read).
 
     Raises:
         CheckpointError: for everything wrong with the files. Nothing has been allocated then, except where a file
@@ -171,7 +173,7 @@ def load_checkpoint(
     held = " and ".join((*formats, str(dtype).removeprefix("torch.")))
     _check_memory(placement.allocate(dtype, "meta"), held, torch.device(device))
     weights = placement.allocate(dtype, device)
-    widened = placement.fill(weights)
+    widened = placement.fill(weights, progress)
     assign_weights(model, weights)
     report = LoadReport(
         num_tensors=len(used),
