@@ -12,11 +12,12 @@ from torch import Tensor
 
 import indexshare
 from indexshare import __version__, cli, runtime
+from indexshare.engine.resolve import storage_of
 from indexshare.errors import CheckpointError, RequestError
 from indexshare.kernels import ops, registry
 from indexshare.model.recipes import tiny
 
-COMMANDS = {"chat", "demo", "doctor", "eval", "generate", "inspect", "kernels", "plan", "score", "train"}
+COMMANDS = {"chat", "demo", "doctor", "eval", "generate", "inspect", "kernels", "plan", "quantize", "score", "train"}
 
 EXACT = ("--dtype", "float32", "--threads", "1")
 
@@ -105,7 +106,7 @@ def test_plan_counts_no_disk_for_a_model_that_is_there(
     capsys: pytest.CaptureFixture[str], written_model: Path, model_directory: Path
 ) -> None:
     code, out, _ = run(capsys, "plan", str(written_model), "--context", "64")
-    assert code == 0 and out.count("on disk") == 4
+    assert code == 0 and out.count("on disk") == 5
     code, out, _ = run(capsys, "plan", str(written_model), "--context", "64", "--json")
     assert code == 0 and json.loads(out)["on_disk"] is True
     for without_weights in (str(model_directory), "tiny"):
@@ -115,7 +116,7 @@ def test_plan_counts_no_disk_for_a_model_that_is_there(
 
 def test_a_model_of_the_hub_goes_to_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert cli._storage("owner/name") == (tmp_path / "cache", False)
+    assert storage_of("owner/name") == (tmp_path / "cache", False)
 
 
 def test_kernels_lists_the_operations(capsys: pytest.CaptureFixture[str]) -> None:

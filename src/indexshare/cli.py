@@ -23,6 +23,7 @@ from indexshare.options import (
     LoadOptions,
     Model,
     ModelOrRecipe,
+    QuantizeOptions,
     SamplingOptions,
 )
 
@@ -190,12 +191,12 @@ def plan(
         index_pattern: Full (F) and shared (S) layers in place of the model's own.
         strict: Refuse unknown keys in config.json; --no-strict warns instead.
     """
-    from indexshare.engine.resolve import resolve_config
+    from indexshare.engine.resolve import resolve_config, storage_of
     from indexshare.model.plan import make_plan, render, this_machine
     from indexshare.terminal import show
 
     config = resolve_config(model, index_pattern=index_pattern, strict=strict)
-    directory, on_disk = _storage(model)
+    directory, on_disk = storage_of(model)
     result = make_plan(config, model, context, this_machine(device, directory), on_disk=on_disk)
     show(result, render(result), as_json)
 
@@ -219,6 +220,22 @@ def kernels(*, device: str | None = None, as_json: AsJson = False) -> None:
     choices = describe(devices)
     rows = [(choice.operation, choice.device, choice.twin, choice.reason) for choice in choices]
     show(choices, table(("operation", "device", "runs", "because"), rows), as_json)
+
+
+@app.command(
+    help_epilogue="Example:\n\n    indexshare quantize nano --format int4 --keep lm_head.weight --output small"
+)
+def quantize(model: Model, /, *, options: QuantizeOptions, as_json: AsJson = False) -> None:
+    """Write a copy of a model with smaller weights, and measure what that cost.
+
+    Experts and projections become int8 or int4; embeddings, norms, routers and kv_b_proj stay, the head and the MTP
+    layer become int8. The copy is in the compressed-tensors layout, with sizes and quality in quantization.json.
+    """
+    from indexshare.eval.quantization import render
+    from indexshare.terminal import show
+
+    result = options.quantize(model)
+    show(result, render(result), as_json)
 
 
 @app.command(help_epilogue="Example:\n\n    indexshare train tiny --output runs/tiny --max-minutes 1")
@@ -370,22 +387,6 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object, **more: object
 ) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _storage(model: str) -> tuple[Path, bool]:
-    """On whose file system the weights of a model or recipe lie or would lie, and whether they are there already."""
-    from indexshare.engine.resolve import PACKAGED, packaged_model
-    from indexshare.model.recipes import RECIPES
-
-    path = packaged_model() if model == PACKAGED else Path(model)
-    if model in RECIPES and model != PACKAGED:
-        return Path(), False
-    if path.exists():
-        directory = path if path.is_dir() else path.parent
-        return directory, any(directory.glob("*.safetensors"))
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE), False
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The docstring under a field is its text in `--help`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -14,6 +15,7 @@ from indexshare.errors import IndexShareError
 
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
+    from indexshare.eval.quantization import Quantization
 
 Model = Annotated[str, Parameter(help="A directory, nano, or a hub id.")]
 ModelOrRecipe = Annotated[str, Parameter(help="A directory, a hub id, or a recipe: nano, tiny, mid, glm-5.2.")]
@@ -36,6 +38,8 @@ class LoadOptions:
     """Precision of weights and cache."""
     index_pattern: str | None = None
     """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
+    quant: Literal["int8", "int4", "none"] | None = None
+    """Quantise weights while they are read; none widens a quantised checkpoint. By default weights stay as stored."""
     strict: bool = True
     """Refuse unknown keys in config.json; --no-strict warns instead."""
     threads: int | None = None
@@ -64,10 +68,52 @@ class LoadOptions:
                 device=self.device,
                 dtype=self.dtype,
                 index_pattern=self.index_pattern,
+                quant=self.quant,
                 strict=self.strict,
             )
         except UnhealthyError as error:
             raise CheckFailedError(str(error)) from error
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """How to quantise a model and what to measure."""
+
+    format: Literal["int8", "int4"]
+    """int8 has one scale for each output, int4 one for each group of inputs."""
+    group: Literal[128, 64, 32] = 128
+    """Inputs that share a scale in int4."""
+    keep: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """A shell pattern of tensor names that stay as they are; may be repeated."""
+    output: Path | None = None
+    """Directory to write, by default MODEL-FORMAT here; nothing is overwritten."""
+    report: bool = True
+    """Compare both models, which takes memory for both; --no-report only writes."""
+    tokens: int | None = None
+    """Held-out tokens to compare on; by default all."""
+    documents: int = 2
+    """Documents of 4,096 and of 16,384 tokens to ask both models about; 0 leaves that out."""
+    device: str = "auto"
+    """Where to compare: auto, cpu, cuda, ..."""
+    threads: int | None = None
+    """CPU threads; by default all that this process may use."""
+
+    def quantize(self, model: str) -> Quantization:
+        """Write and measure. Raises as `eval.quantization.quantize_model`."""
+        from indexshare.eval.quantization import quantize_model
+        from indexshare.quant.policy import Policy
+
+        return quantize_model(
+            model,
+            Policy(format=self.format, group_size=self.group, keep=self.keep),
+            output=self.output,
+            with_report=self.report,
+            max_tokens=self.tokens,
+            num_documents=self.documents,
+            device=self.device,
+            threads=self.threads,
+        )
 
 
 @Parameter(name="*")

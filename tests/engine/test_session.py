@@ -66,6 +66,16 @@ def test_sparse_and_dense_differ_only_beyond_top_k(open_session: Any, text: list
     assert (sparse - dense).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("chunk_size", [7, 256])
+def test_logits_after_every_token(open_session: Any, text: list[int], chunk_size: int) -> None:
+    session = open_session()
+    session.prefill(text[:40])
+    pieces = list(session.logits(text[40:], chunk_size=chunk_size))
+    assert all(len(piece) <= chunk_size for piece in pieces)
+    scores = torch.cat(pieces)[:-1].log_softmax(-1).gather(1, torch.tensor(text[41:])[:, None])[:, 0]
+    torch.testing.assert_close(scores, open_session().logprobs(text)[40:], rtol=0, atol=TOLERANCE)
+
+
 def test_logprobs_continue_a_context(open_session: Any, text: list[int]) -> None:
     whole = open_session().logprobs(text)
     session = open_session()

@@ -11,11 +11,17 @@ from tolerances import assert_near
 from torch import Tensor
 
 from indexshare.errors import KernelError
-from indexshare.kernels import ops
+from indexshare.kernels import formats, ops
 from indexshare.kernels.formats import Format, QuantizedWeight, quantize_activations, storage_shapes
 
 FORMATS: list[tuple[Format, int]] = [("int8", 0), ("int4", 32), ("int4", 128), ("fp8", 128)]
 EACH_FORMAT = pytest.mark.parametrize(("weight_format", "group"), FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of 128 rows, so that even a small weight has a few."""
+    monkeypatch.setattr(formats, "BAND_NUMBERS", 1)
 
 
 def make_weight(weight_format: Format, shape: tuple[int, ...], group: int) -> QuantizedWeight:

@@ -2,10 +2,14 @@ from math import prod
 
 import msgspec
 import pytest
+import torch
 from rich.console import Console
 
+from indexshare.kernels.formats import QuantizedWeight
+from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.inspect import inspect_model, render, token_work, weight_bytes, weight_groups
 from indexshare.model.recipes import glm_5_2, mid, nano, recipe, tiny
+from indexshare.quant.policy import IntegerFormat, Policy
 
 
 def test_glm_5_2_to_the_parameter() -> None:
@@ -35,21 +39,36 @@ def test_glm_5_2_part_by_part() -> None:
     }
 
 
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_weights_to_the_byte(weight_format: IntegerFormat, tied: bool) -> None:
+    """As many bytes as the weights of a model with these formats take."""
+    config = nano(tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = GlmForCausalLM(config)
+    if tied:
+        model.lm_head.weight = model.get_parameter("model.embed_tokens.weight")
+    policy, total = Policy(format=weight_format), 0
+    for name, tensor in model.named_parameters():
+        chosen = policy.format_of(name, tensor.shape[-1], config.num_hidden_layers)
+        if chosen is not None:
+            total += QuantizedWeight.empty(chosen[0], tuple(tensor.shape), chosen[1], "meta").nbytes
+        else:
+            total += tensor.numel() * (4 if name.endswith("correction_bias") else 2)
+    assert weight_bytes(config, weight_format) == total
+
+
 def test_the_fp8_checkpoint_to_the_byte() -> None:
     """755.617 GB in the released shards; their headers come on top."""
     config = glm_5_2()
     assert weight_bytes(config, "fp8") == 755_617_140_416
-    plain = sum(group.size * group.copies * (1 if group.quantized else 2) for group in weight_groups(config))
+    plain = sum(group.size * group.copies * (1 if group.in_fp8 else 2) for group in weight_groups(config))
     scales = (weight_bytes(config, "fp8") - plain) // 4
     assert scales == 45_853_104 + 19_456  # block scales and router biases, fp32
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "mid"])
 def test_the_counts_are_those_of_the_network(name: str) -> None:
-    import torch
-
-    from indexshare.model.glm import GlmForCausalLM
-
     with torch.device("meta"):
         model = GlmForCausalLM(recipe(name))
     sizes = {key: prod(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -18,7 +18,7 @@ from indexshare.errors import CheckpointError, ConfigError, IndexShareError, Mem
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
 from indexshare.model.weights import load_checkpoint, load_model, save_model
-from indexshare.quant.fp8 import dequantize_block, quantize_block
+from indexshare.quant.fp8 import quantize_block
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
@@ -167,13 +167,14 @@ def test_fp8_is_widened(directory: Path) -> None:
     def quantize(tensors: dict[str, Tensor]) -> None:
         for name, tensor in list(tensors.items()):
             if tensor.dim() == 2 and "_proj" in name and "weights_proj" not in name:
-                tensors[name], tensors[name + "_scale_inv"] = quantize_block(tensor)
-                expected[name] = dequantize_block(tensors[name], tensors[name + "_scale_inv"], torch.bfloat16)
+                quantized = quantize_block(tensor)
+                tensors[name], tensors[name + "_scale_inv"] = quantized.data, quantized.scales
+                expected[name] = quantized.dequantize(torch.bfloat16)
 
     edit(directory, quantize)
     fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "modules_to_not_convert": ["wrong"]}
     edit_json(directory / "config.json", lambda config: config.update(quantization_config=fp8))
-    model, report = load_checkpoint(directory)
+    model, report = load_checkpoint(directory, quant="none")
     assert set(report.widened_fp8) == expected.keys()
     assert model.config.quantization is None
     experts = "model.layers.1.mlp.experts."
@@ -317,7 +318,7 @@ def test_every_check_comes_before_any_data(directory: Path, monkeypatch: pytest.
 
     edit(directory, lambda tensors: tensors.update({"zzz": torch.ones(1)}))
     monkeypatch.setattr("indexshare.model.safetensors_header.StoredTensor.read_into", forbidden)
-    monkeypatch.setattr("indexshare.model.weights._allocate", forbidden)
+    monkeypatch.setattr("indexshare.model.placement.Placement.allocate", forbidden)
     with pytest.raises(CheckpointError, match="zzz"):
         load_model(directory)
 

@@ -36,7 +36,7 @@ from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.native import pack_model
-from indexshare.model.weights import LoadReport, load_checkpoint
+from indexshare.model.weights import LoadReport, Quant, load_checkpoint
 
 CHAT_MAX_NEW_TOKENS = 1024
 
@@ -64,6 +64,7 @@ def load(
     dtype: str = "bfloat16",
     index_pattern: str | None = None,
     latent_norm_eps: float | None = None,
+    quant: Quant | None = None,
     threads: int | None = None,
     strict: bool = True,
 ) -> "LLM":
@@ -72,6 +73,8 @@ def load(
     device: "auto", "cpu", "cuda", ...; dtype: "bfloat16", "float16" or "float32", for weights and caches.
     index_pattern: which layers run an indexer, e.g. "FFSF...", instead of what the checkpoint says.
     latent_norm_eps: 1e-6 matches transformers; the default is what the model was trained with.
+    quant: "int8" or "int4" quantises the weights while they are read; "none" widens a quantised checkpoint to dtype. By
+    default weights stay as they are stored: FP8, int8 and int4 checkpoints run from their own bytes.
     threads: CPU threads, default all that may be used.
     strict=False turns unknown config keys and tensors into warnings.
     Warns of tensors that are not used and of a missing MTP layer (`LLM.load_report` has the names).
@@ -89,6 +92,7 @@ def load(
         device=torch_device,
         index_pattern=index_pattern,
         latent_norm_eps=latent_norm_eps,
+        quant=quant,
         strict=strict,
     )
     if torch_device.type == "cpu":

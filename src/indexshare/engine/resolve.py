@@ -59,6 +59,19 @@ def packaged_model() -> Path:
     return Path(str(resources.files("indexshare"))) / "models" / PACKAGED
 
 
+def storage_of(model: str) -> tuple[Path, bool]:
+    """On whose file system the weights of a model or recipe lie or would lie, and whether they are there already."""
+    path = packaged_model() if model == PACKAGED else Path(model)
+    if model in RECIPES and model != PACKAGED:
+        return Path(), False
+    if path.exists():
+        directory = path if path.is_dir() else path.parent
+        return directory, any(directory.glob("*.safetensors"))
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE), False
+
+
 def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     match = HUB_ID.fullmatch(name)
     if match is None and name in RECIPES:

@@ -22,6 +22,7 @@ from indexshare.model.glm import GlmForCausalLM
 
 DEFAULT_CHUNK_SIZE = 512
 LOGPROB_BYTES = 32 * 2**20  # logits of one tile of rows while scoring
+LOGITS_CHUNK = 256  # tokens whose logits exist at once in `Session.logits`
 
 Progress = Callable[[int, int], None]
 """progress(tokens read so far, tokens to read in this call)"""
@@ -123,6 +124,18 @@ class Session:
         assert last is not None
         self._last_logits = self._logits(last)[0]
         return torch.cat(pieces)
+
+    def logits(self, token_ids: Sequence[int] | Tensor, *, chunk_size: int = LOGITS_CHUNK) -> Iterator[Tensor]:
+        """Read tokens and give the logits [n, vocab] fp32 after each of them, `chunk_size` tokens at a time.
+
+        Errors as in `prefill`, chunk by chunk.
+        """
+        tokens = self._checked(token_ids)
+        for start in range(0, len(tokens), chunk_size):
+            hidden: list[Tensor] = []
+            chunk = tokens[start : start + chunk_size]
+            self._read(chunk, lambda read, _: hidden.append(read), chunk_size=chunk_size, progress=None)  # noqa: B023
+            yield self._logits(hidden[0])
 
     def stream(
         self,

@@ -35,7 +35,7 @@ from indexshare.model.batch import CacheView, ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import Attention, GlmForCausalLM, RopeTable, assign_weights, weights_of
 from indexshare.model.native import pack_model
-from indexshare.model.weights import load_model
+from indexshare.model.weights import Quant, load_model
 
 # Relative root mean square error that one operation and one whole layer may have. A rounding to bfloat16 alone is 2e-3,
 # and the experts round a few times. Choices are made in fp32 whatever the weights are.
@@ -102,16 +102,19 @@ def diagnose(
     dtype: str = "bfloat16",
     lengths: tuple[int, ...] | None = None,
     index_pattern: str | None = None,
+    quant: Quant | None = None,
     strict: bool = True,
 ) -> DoctorReport:
     """Check a model directory on a device.
 
     lengths: tokens of each pass, 2 or more; by default one below and one above `index_topk`. Tokens are random and
-    always the same. index_pattern, strict: as in `load_model`. Raises what `load_model` raises, ConfigError for a
-    device or dtype, RequestError for lengths.
+    always the same. index_pattern, quant, strict: as in `load_model`. Raises what `load_model` raises, ConfigError for
+    a device or dtype, RequestError for lengths.
     """
     target, number_type = runtime.resolve_device(device), runtime.resolve_dtype(dtype)
-    model = load_model(directory, dtype=number_type, device=target, index_pattern=index_pattern, strict=strict)
+    model = load_model(
+        directory, dtype=number_type, device=target, index_pattern=index_pattern, quant=quant, strict=strict
+    )
     if target.type == "cpu":
         pack_model(model)  # what runs is what is checked
     config = model.requires_grad_(False).eval().config
@@ -147,13 +150,14 @@ def require_healthy(
     device: str = "cpu",
     dtype: str = "bfloat16",
     index_pattern: str | None = None,
+    quant: Quant | None = None,
     strict: bool = True,
 ) -> DoctorReport:
     """The report of `diagnose`, for whoever must not serve a broken model.
 
     Raises UnhealthyError for weights that are not finite and for operations that fail, with their names.
     """
-    report = diagnose(directory, device=device, dtype=dtype, index_pattern=index_pattern, strict=strict)
+    report = diagnose(directory, device=device, dtype=dtype, index_pattern=index_pattern, quant=quant, strict=strict)
     if report.bad_weights:
         raise UnhealthyError(f"weights that are not finite numbers: {', '.join(report.bad_weights)}")
     if not report.ok:

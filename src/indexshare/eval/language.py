@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine.llm import LLM
 from indexshare.engine.session import Progress
 from indexshare.errors import RequestError
@@ -48,14 +49,12 @@ def measure_language(
         raise RequestError(f"window must be 2 tokens or more, not {window}")
     paths = corpus.held_out_files(root) if paths is None else paths
     texts = [corpus.read_text(path, root) for path in paths]
-    encoded = [
-        (len(llm.tokenizer.encode(file_header(path))), llm.tokenizer.encode(file_header(path) + text))
-        for path, text in zip(paths, texts, strict=True)
-    ]
+    encoded = [encode_file(llm.tokenizer, path, text) for path, text in zip(paths, texts, strict=True)]
     total = sum(len(token_ids) for _, token_ids in encoded)
     done, nats = 0, 0.0
     for num_header, token_ids in encoded:
-        nats -= _score(llm, token_ids, num_header, window, attention)
+        for piece, first in scored_windows(token_ids, num_header, window):
+            nats -= float(llm.logprobs(piece, attention=attention).double()[first - 1 :].sum())
         done += len(token_ids)
         if progress is not None:
             progress(done, total)
@@ -70,16 +69,17 @@ def measure_language(
     )
 
 
-def _score(
-    llm: LLM, token_ids: list[int], num_header: int, window: int, attention: Literal["sparse", "dense"]
-) -> float:
-    """Sum of log p over the tokens behind the header, in nats."""
-    total = 0.0
-    scored = num_header
+def encode_file(tokenizer: Tokenizer, path: str, text: str) -> tuple[int, list[int]]:
+    """How many tokens its header line has, and the tokens of header and text."""
+    header = file_header(path)
+    return len(tokenizer.encode(header)), tokenizer.encode(header + text)
+
+
+def scored_windows(token_ids: list[int], num_header: int, window: int) -> Iterator[tuple[list[int], int]]:
+    """Windows that overlap by half, each with the first of its tokens that counts: every token counts once."""
+    scored = max(num_header, 1)  # nothing comes before the first token
     for begin in range(0, max(len(token_ids) - window // 2, 1), window // 2):
         piece = token_ids[begin : begin + window]
         if begin + len(piece) > scored and len(piece) > 1:
-            logprobs = llm.logprobs(piece, attention=attention)  # entry i belongs to token begin + i + 1
-            total += float(logprobs.double()[scored - begin - 1 :].sum())
+            yield piece, scored - begin
             scored = begin + len(piece)
-    return total

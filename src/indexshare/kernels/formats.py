@@ -2,8 +2,8 @@
 
 | format | data | scales, float32 | value | activations |
 |---|---|---|---|---|
-| int8 | int8 [.., out, in], -127..127 | [.., out, 1] | data * scale | int8, groups of 128 |
-| int4 | uint8 [.., out, ceil(in/2)], two 4-bit numbers | [.., out, ceil(in/G)] | (bits - 8) * scale | int8, groups of G |
+| int8 | int8 [.., out, in], -127..127 | [.., out, 1] | data * scale | int8, by 128 |
+| int4 | uint8 [.., out, ceil(in/2)], two 4-bit numbers | [.., out, ceil(in/G)] | (bits - 8) * scale | int8, by G |
 | fp8 | float8_e4m3fn [.., out, in] | [.., ceil(out/128), ceil(in/128)] | data * scale | as they are |
 
 int4: the low four bits hold the input with the even number; G is the weight's group size. The last group or block may
@@ -23,7 +23,7 @@ from indexshare.errors import KernelError
 Format = Literal["int8", "int4", "fp8"]
 FP8_BLOCK = 128
 ACTIVATION_GROUP = 128  # inputs that share one activation scale when the weight is int8
-BAND_ROWS = 128  # rows widened at once; a multiple of FP8_BLOCK
+BAND_NUMBERS = 2**20  # widened at once: they stay in a processor's cache
 DATA_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 LEVELS = 127  # activations are rounded to -127..127
 
@@ -124,8 +124,9 @@ class QuantizedWeight:
                 out[index] = self.expert(index).dequantize(dtype)
             return out
         # The wide copy is a band of rows, so that it stays small however large the weight is.
-        for start in range(0, self.shape[0], BAND_ROWS):
-            stop = min(start + BAND_ROWS, self.shape[0])
+        band = max(1, BAND_NUMBERS // (self.shape[1] * FP8_BLOCK)) * FP8_BLOCK
+        for start in range(0, self.shape[0], band):
+            stop = min(start + band, self.shape[0])
             out[start:stop] = self.rows(start, stop)._widen(torch.float64 if dtype == torch.float64 else torch.float32)
         return out
 
@@ -170,7 +171,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, workspace_bytes: int) -> Tensor
     if weight.format != "fp8":
         x = quantize_activations(x, weight.group_size or ACTIVATION_GROUP)
     num_rows, num_columns = weight.shape
-    band = max(1, workspace_bytes // 4 // (x.element_size() * num_columns * BAND_ROWS)) * BAND_ROWS
+    band = max(1, workspace_bytes // 4 // (x.element_size() * num_columns * FP8_BLOCK)) * FP8_BLOCK
     pieces = []
     for start in range(0, num_rows, band):
         wide = weight.rows(start, min(start + band, num_rows)).dequantize(x.dtype)

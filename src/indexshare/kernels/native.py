@@ -178,7 +178,7 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     command += ["-o", str(partial), f"-L{root / 'lib'}", *LIBRARIES]
     begin = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)  # noqa: S603, PLW1510
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)  # noqa: S603
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
             raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {done.returncode}'}")
@@ -190,8 +190,7 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     finally:
         partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - begin
-    sys.stderr.write(f"compiled the {isa} kernels in {seconds:.0f} s, kept in {library.parent}
-")
+    sys.stderr.write(f"compiled the {isa} kernels in {seconds:.0f} s, kept in {library.parent}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- twins

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from indexshare.errors import KernelError
-from indexshare.kernels.formats import FP8_BLOCK, QuantizedWeight
+from indexshare.kernels.formats import FP8_BLOCK, Format, QuantizedWeight
 
 LANES = 16
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
@@ -50,7 +50,7 @@ class PackedWeight:
     data: Tensor
     scales: Tensor | None
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
+    dtype: torch.dtype | Format
     matrix: Matrix
     descriptor: Tensor = field(repr=False)
 
@@ -97,7 +97,7 @@ def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
     matrix = Matrix(num_outputs=num_rows, width=width)
     scales = None
     if isinstance(weight, QuantizedWeight):
-        dtype: torch.dtype | str = weight.format
+        dtype: torch.dtype | Format = weight.format
         matrix.format, matrix.group = FORMATS[weight.format], 0 if weight.format == "fp8" else weight.group_size
         if weight.format == "int4" and weight.group_size % 8:
             raise KernelError(f"int4 groups of {weight.group_size}: the C++ kernels take multiples of 8")

@@ -16,11 +16,11 @@ from typing import Self
 import msgspec
 
 from indexshare.errors import ConfigError
+from indexshare.quant import quantization_config
 
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
 MODEL_TYPE = "glm_moe_dsa"
 DTYPES = ("bfloat16", "float16", "float32")
-FP8_BLOCK = (128, 128)
 MAX_LAYERS = 10_000  # a wrong number must not become a list of that length
 
 # Keys with one value that this model implements; an absent key means that value.
@@ -154,7 +154,7 @@ class GlmConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dtype: str = "bfloat16"
-    quantization: str | None = None  # "fp8": E4M3 with 128x128 block scales, as in GLM-5.2-FP8
+    quantization: str | None = None  # how the files hold weights: "fp8" (GLM-5.2-FP8) or "compressed-tensors"
 
     @property
     def qk_head_dim(self) -> int:
@@ -207,8 +207,8 @@ class GlmConfig:
             raise ConfigError(f"num_nextn_predict_layers must be 0 or 1, not {self.num_nextn_predict_layers}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.quantization not in (None, "fp8"):
-            raise ConfigError(f"quantization must be absent or fp8, not {self.quantization!r}")
+        if self.quantization not in (None, "fp8", quantization_config.METHOD):
+            raise ConfigError(f"quantization must be absent, fp8 or compressed-tensors, not {self.quantization!r}")
         for token in (*self.eos_token_id, *(() if self.pad_token_id is None else (self.pad_token_id,))):
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"eos_token_id or pad_token_id {token} is outside vocab_size {self.vocab_size}")
@@ -257,12 +257,7 @@ class GlmConfig:
         if self.latent_norm_eps == self.rms_norm_eps:
             del content["latent_norm_eps"]
         if content.pop("quantization") == "fp8":
-            content["quantization_config"] = {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "weight_block_size": list(FP8_BLOCK),
-            }
+            content["quantization_config"] = dict(quantization_config.FP8_CONFIG)
         return content
 
 
@@ -330,7 +325,8 @@ def _resolve(values: dict[str, object]) -> dict[str, object]:
             raise ConfigError(f"{key} is {values[key]!r} but {field} is {values.get(field)!r}; they must be equal")
     resolved["rope_theta"] = _rope_theta(values)
     resolved["dtype"] = values.get("dtype", values.get("torch_dtype", "bfloat16"))
-    resolved["quantization"] = _quantization(values.get("quantization_config"))
+    quantization = values.get("quantization_config")
+    resolved["quantization"] = None if quantization is None else quantization_config.check(quantization)
     if "rms_norm_eps" in values:  # without it the error must name that key, not ours
         resolved.setdefault("latent_norm_eps", values["rms_norm_eps"])
     eos = values.get("eos_token_id", ())
@@ -377,17 +373,6 @@ def _rope_theta(values: Mapping[str, object]) -> object:
     if "rope_theta" not in parameters:
         raise ConfigError("rope_parameters lacks rope_theta")
     return parameters["rope_theta"]
-
-
-def _quantization(content: object) -> str | None:
-    if content is None:
-        return None
-    if not isinstance(content, Mapping) or content.get("quant_method") != "fp8":
-        method = content.get("quant_method") if isinstance(content, Mapping) else content
-        raise ConfigError(f"quantization_config: method {method!r} is not supported; only fp8 with 128x128 blocks is")
-    if content.get("weight_block_size") != list(FP8_BLOCK) or content.get("fmt", "e4m3") != "e4m3":
-        raise ConfigError("quantization_config: only fp8 e4m3 with weight_block_size [128, 128] is supported")
-    return "fp8"
 
 
 def _check_layer_list(name: str, kinds: Sequence[str], allowed: tuple[str, str], num_layers: int) -> None:

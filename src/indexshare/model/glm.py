@@ -172,7 +172,7 @@ class Attention(nn.Module):
     def _attend(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> Tensor:
         """-> [T, H, V]. Absorbed over selected rows; expanded in training and where many queries attend to all keys."""
         config = self.config
-        kv_b = self._kv_b()
+        kv_b = self.kv_b()
         rows = selected.rows
         is_expanded = batch.cache is None or batch.layout.num_tokens >= EXPANDED_MIN_TOKENS
         if selected.masks is not None or (rows is None and is_expanded):
@@ -184,14 +184,14 @@ class Attention(nn.Module):
             attended = ops.mla_sparse(query_THW, latents, rows, self.scale, config.kv_lora_rank)
         return torch.einsum("thc,hvc->thv", attended, kv_b[:, config.qk_nope_head_dim :])
 
-    def _kv_b(self) -> Tensor:
+    def kv_b(self) -> Tensor:
         """kv_b_proj as [H, N + V, C]. It is never quantised: it is small, and absorption uses it in two directions."""
         return self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
 
     def _absorb(self, query_THQ: Tensor) -> Tensor:
         """Moves the nope part of the query into the latent space: [T, H, N + P] -> [T, H, C + P]."""
         nope, rotary = query_THQ.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        absorbed = torch.einsum("thn,hnc->thc", nope, self._kv_b()[:, : self.config.qk_nope_head_dim])
+        absorbed = torch.einsum("thn,hnc->thc", nope, self.kv_b()[:, : self.config.qk_nope_head_dim])
         return torch.cat((absorbed, rotary), dim=-1)
 
     def _add_index_loss(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> None:

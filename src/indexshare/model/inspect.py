@@ -6,10 +6,11 @@ All numbers are exact counts. The work counts a multiply-add as 2 FLOP and leave
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from indexshare.model.config import FP8_BLOCK, GlmConfig
+from indexshare.model.config import GlmConfig
+from indexshare.quant.policy import GROUP_SIZES, IntegerFormat, fitting_group
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +33,8 @@ PARTS = (
 class WeightGroup:
     """Equal matrices: how many there are, how many of them lie in the MTP layer, how many multiply one token.
 
-    `quantized`: whether the FP8 checkpoints hold them in 8 bits (the source is the headers of GLM-5.2-FP8).
+    `in_fp8`: whether the FP8 checkpoints hold them in 8 bits (the source is the headers of GLM-5.2-FP8). `integer`: the
+    smallest format that quantising gives them (see `quant.policy`), None when they stay.
     """
 
     part: str
@@ -41,7 +43,8 @@ class WeightGroup:
     copies: int
     mtp_copies: int = 0
     read_copies: int
-    quantized: bool = False
+    in_fp8: bool = False
+    integer: IntegerFormat | None = None
 
     @property
     def size(self) -> int:
@@ -49,16 +52,21 @@ class WeightGroup:
         return self.rows * self.columns
 
     def num_bytes(self, weight_format: str) -> int:
-        """Bytes of all copies as "float32", "bfloat16", "fp8" or "int4" (groups of 64 with one 16-bit scale)."""
-        if weight_format == "float32":
-            return self.copies * self.size * 4
-        if weight_format == "bfloat16" or not self.quantized:
-            return self.copies * self.size * 2
-        if weight_format == "fp8":
-            scales = -(-self.rows // FP8_BLOCK[0]) * -(-self.columns // FP8_BLOCK[1])
+        """Bytes of all copies as "float32", "bfloat16", "fp8", "int8" or "int4" in memory, scales in 32 bits.
+
+        FP8: as in the released files; of these, kv_b_proj is widened in memory.
+        """
+        if weight_format == "fp8" and self.in_fp8:
+            scales = -(-self.rows // 128) * -(-self.columns // 128)
             return self.copies * (self.size + 4 * scales)
-        assert weight_format == "int4", weight_format
-        return self.copies * self.rows * (-(-self.columns // 2) + 2 * -(-self.columns // 64))
+        if weight_format in ("int8", "int4") and self.integer is not None:
+            int8 = self.size + 4 * self.rows
+            if "int8" in (weight_format, self.integer):
+                return self.copies * int8
+            num_groups = -(-self.columns // fitting_group(self.columns, GROUP_SIZES[0]))
+            int4 = self.rows * (-(-self.columns // 2) + 4 * num_groups)
+            return (self.copies - self.mtp_copies) * int4 + self.mtp_copies * int8
+        return self.copies * self.size * (4 if weight_format == "float32" else 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +121,9 @@ def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
     full, sparse = len(config.full_layers), config.mlp_layer_types.count("sparse")
     groups: list[WeightGroup] = []
 
-    def add(part: str, rows: int, columns: int, per_layer: int, layers: int, in_mtp: int, quantized: bool) -> None:
+    def add(
+        part: str, rows: int, columns: int, per_layer: int, layers: int, in_mtp: int, in_fp8: bool, kept: bool = False
+    ) -> None:
         multiplied = {"routed experts": config.num_experts_per_tok, "norms": 0}.get(part, per_layer)
         groups.append(
             WeightGroup(
@@ -123,26 +133,23 @@ def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
                 copies=per_layer * (layers + in_mtp),
                 mtp_copies=per_layer * in_mtp,
                 read_copies=multiplied * layers,
-                quantized=quantized,
+                in_fp8=in_fp8,
+                integer="int4" if in_fp8 and not kept else None,
             )
         )
 
-    vocabulary = WeightGroup(
-        part="embedding and head",
-        rows=config.vocab_size,
-        columns=hidden,
-        copies=1 if config.tie_word_embeddings else 2,
-        read_copies=1,  # the head; of the embedding one row is looked up
-    )
-    groups.append(vocabulary)
+    vocabulary = WeightGroup(part="embedding and head", rows=config.vocab_size, columns=hidden, copies=1, read_copies=0)
+    # of the embedding one row is looked up; a tied head is read all the same
+    head = replace(vocabulary, copies=0 if config.tie_word_embeddings else 1, read_copies=1, integer="int8")
+    groups += [vocabulary, head]
     for rows, columns in (
         (queries, hidden),
         (heads * config.qk_head_dim, queries),
         (config.latent_dim, hidden),
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         (hidden, heads * config.v_head_dim),
     ):
         add("attention", rows, columns, 1, main, mtp, True)
+    add("attention", heads * (config.qk_nope_head_dim + config.v_head_dim), latent, 1, main, mtp, True, kept=True)
     add("indexers", config.index_n_heads * config.index_head_dim, queries, 1, full, mtp, True)
     add("indexers", config.index_head_dim, hidden, 1, full, mtp, True)
     add("indexers", config.index_n_heads, hidden, 1, full, mtp, False)

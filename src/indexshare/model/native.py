@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from indexshare.errors import KernelError
 from indexshare.kernels import native, ops, registry
+from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.packed import LANES, Matrix, PackedWeight, as_tensor, pack
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
@@ -27,6 +28,7 @@ from indexshare.model.glm import (
     LayerStack,
     Linear,
     MixtureOfExperts,
+    Mlp,
     RopeTable,
     decoder_layers,
 )
@@ -117,7 +119,14 @@ def _refusal(model: GlmForCausalLM) -> str | None:
         return f"kv_lora_rank and moe_intermediate_size must be multiples of {LANES} for the C++ kernels"
     if config.qk_rope_head_dim > MAX_ROPE:
         return f"qk_rope_head_dim is more than {MAX_ROPE}"
+    if any(_kind(part.gate_proj) != _kind(part.up_proj) for part in model.modules() if isinstance(part, Mlp)):
+        return "gate_proj and up_proj of a layer have different formats"
     return None
+
+
+def _kind(part: Linear) -> tuple[object, ...]:
+    weight = part.weight
+    return (weight.format, weight.group_size) if isinstance(weight, QuantizedWeight) else (weight.dtype,)
 
 
 def _replace(operators: Any, module: nn.Module, name: str) -> None:
@@ -174,7 +183,7 @@ def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: l
         return packed.matrix
 
     attention, mlp = layer.self_attn, layer.mlp
-    kv_b = attention.kv_b_proj.weight.detach().view(config.num_attention_heads, -1, config.kv_lora_rank)
+    kv_b = attention.kv_b().detach()
     packed = Layer(
         input_norm=norm(layer.input_layernorm),
         query_norm=norm(attention.q_a_layernorm),

@@ -18,8 +18,8 @@ from indexshare.model.inspect import activated_parameters, cache_bytes_per_token
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# format -> (bytes of one cached number, whether this version computes in it)
-FORMATS = {"float32": (4, True), "bfloat16": (2, True), "fp8": (2, False), "int4": (2, False)}
+# format of the weights -> bytes of one cached number
+FORMATS = {"float32": 4, "bfloat16": 2, "fp8": 2, "int8": 2, "int4": 2}
 PREFILL_CHUNK = 512  # tokens that share one pass over the weights
 INTERPRETER_BYTES = 400 * runtime.MIB  # Python and torch, measured with the CPU build
 
@@ -40,7 +40,6 @@ class FormatPlan:
     """One weight format: bytes needed, whether they fit, and bounds on speed once everything is in memory."""
 
     weight_format: str
-    runs: bool
     weight_bytes: int
     cache_bytes: int
     needed_bytes: int
@@ -118,9 +117,8 @@ def make_plan(config: GlmConfig, name: str, context: int, machine: Machine, *, o
 def _plan_format(
     config: GlmConfig, weight_format: str, context: int, machine: Machine, workspace: int, on_disk: bool
 ) -> FormatPlan:
-    cached_number_bytes, runs = FORMATS[weight_format]
     weights = weight_bytes(config, weight_format)
-    latent, index, mtp = cache_bytes_per_token(config, cached_number_bytes)
+    latent, index, mtp = cache_bytes_per_token(config, FORMATS[weight_format])
     cache = (latent + index + mtp) * context
     needed = weights + cache + workspace + INTERPRETER_BYTES
     # one token reads its share of the weights, the selected latents, and the index keys of all tokens
@@ -135,7 +133,6 @@ def _plan_format(
     prefill = max(context * average / compute, chunks * weights / machine.bandwidth)
     return FormatPlan(
         weight_format=weight_format,
-        runs=runs,
         weight_bytes=weights,
         cache_bytes=cache,
         needed_bytes=needed,
@@ -147,14 +144,12 @@ def _plan_format(
 
 
 def _verdict(formats: tuple[FormatPlan, ...], machine: Machine) -> str:
-    fitting = [plan.weight_format for plan in formats if plan.runs and plan.fits_memory]
+    fitting = [plan.weight_format for plan in formats if plan.fits_memory]
     if fitting:
         return f"fits in {' and '.join(fitting)}"
-    runnable = min((plan for plan in formats if plan.runs), key=lambda plan: plan.needed_bytes)
-    missing = runnable.needed_bytes - machine.memory_bytes
-    other = [plan.weight_format for plan in formats if not plan.runs and plan.fits_memory]
-    hint = f"; it would fit in {' or '.join(other)}, which this version does not compute in" if other else ""
-    return f"does not fit: {runnable.weight_format} needs {_size(missing)} more memory than is free{hint}"
+    smallest = min(formats, key=lambda plan: plan.needed_bytes)
+    missing = smallest.needed_bytes - machine.memory_bytes
+    return f"does not fit: {smallest.weight_format} needs {_size(missing)} more memory than is free"
 
 
 def _notes(config: GlmConfig, context: int) -> tuple[str, ...]:
@@ -167,7 +162,7 @@ def _notes(config: GlmConfig, context: int) -> tuple[str, ...]:
         notes.append(f"an indexer in every layer would be {in_every_layer / work.total:.1f} times the work")
     if context <= config.index_topk:
         notes.append(f"every token is selected up to index_topk = {config.index_topk:,}: this is dense attention")
-    notes.append("FP8 checkpoints are read and widened at load, so they need the memory of bfloat16 or float32")
+    notes.append("fp8: an FP8 checkpoint as it is; int8 and int4: with --quant, or from `indexshare quantize`")
     notes.append("speeds are upper bounds from bytes and FLOP under the assumptions above, not measurements")
     return tuple(notes)
 
@@ -185,7 +180,7 @@ def render(plan: Plan) -> RenderableType:
     for row in plan.formats:
         speed = row.decode_tokens_per_second
         table.add_row(
-            row.weight_format if row.runs else f"({row.weight_format})",
+            row.weight_format,
             _size(row.weight_bytes),
             _size(row.cache_bytes),
             _size(row.needed_bytes),
@@ -199,7 +194,6 @@ def render(plan: Plan) -> RenderableType:
         table,
         f"verdict: {plan.verdict}",
         f"free: {_size(machine.memory_bytes)} memory, {_size(machine.disk_bytes)} disk; {machine.description}",
-        "(format): for comparison; this version does not compute in it",
         f"needed = weights + cache + {_size(plan.workspace_bytes)} workspace + {_size(INTERPRETER_BYTES)} for torch",
         *plan.notes,
     )

@@ -3,8 +3,8 @@
 Our parameter names are the checkpoint's, except that the experts of a layer are stacked: `experts.gate_up_proj`
 [E, 2*I, D] and `experts.down_proj` [E, D, I] are `experts.<e>.{gate,up,down}_proj.weight` in a file (the stacked names
 are read too; transformers can write them). Loading goes from headers to a complete plan to data: every name, shape and
-dtype is checked before a tensor is read, then each tensor is read straight into its place, so that memory holds the
-model once plus one tensor.
+dtype is checked before a tensor is read, then each tensor is read into its place (`placement`), so that memory holds
+the model once plus one tensor.
 """
 
 import json
@@ -13,27 +13,32 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from indexshare import runtime
 from indexshare.errors import CheckpointError, ConfigError, MemoryLimitError
+from indexshare.kernels.formats import QuantizedWeight
+from indexshare.kernels.packed import PackedWeight
 from indexshare.model.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, find_tensors, read_config
 from indexshare.model.config import GlmConfig
-from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.glm import GlmForCausalLM, assign_weights, weights_of
+from indexshare.model.placement import enumerate_names, plan_weights
 from indexshare.model.safetensors_header import StoredTensor
-from indexshare.quant.fp8 import dequantize_block, scale_shape
+from indexshare.model.stored_weight import PLAIN_DTYPES, stored_tensors, views
+from indexshare.quant import quantization_config
+from indexshare.quant.policy import IntegerFormat, Policy
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SCALE_SUFFIX = "_scale_inv"
-ROUTER_BIAS = "e_score_correction_bias"
+Quant = IntegerFormat | Literal["none"] | Policy
 DEFAULT_SHARD_BYTES = 5_000_000_000
+EMBEDDING = "model.embed_tokens.weight"
 INDEXER_NAME = re.compile(r"model\.layers\.(\d{1,6})\.self_attn\.indexer\..+")
 WEIGHTS_NAME = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")  # what `save_model` writes
 
@@ -58,13 +63,12 @@ class LoadReport:
         """One sentence for each thing that a user who did not look into the files should know."""
         found = []
         if self.skipped_indexers:
-            found.append(
-                f"not used, because the index pattern makes their layers shared: {_enumerate(self.skipped_indexers)}"
-            )
+            names = enumerate_names(self.skipped_indexers)
+            found.append(f"not used, because the index pattern makes their layers shared: {names}")
         if self.mtp_absent:
             found.append("the weights lack the MTP layer of config.json: the model is loaded without and cannot draft")
         if self.skipped_unexpected:
-            found.append(f"not used, without a place in the model: {_enumerate(self.skipped_unexpected)}")
+            found.append(f"not used, without a place in the model: {enumerate_names(self.skipped_unexpected)}")
         return found
 
 
@@ -76,6 +80,7 @@ def load_model(
     device: str | torch.device = "cpu",
     index_pattern: str | None = None,
     latent_norm_eps: float | None = None,
+    quant: Quant | None = None,
     strict: bool = True,
 ) -> GlmForCausalLM:
     """The model of `load_checkpoint`, without the report."""
@@ -86,6 +91,7 @@ def load_model(
         device=device,
         index_pattern=index_pattern,
         latent_norm_eps=latent_norm_eps,
+        quant=quant,
         strict=strict,
     )
     return model
@@ -99,7 +105,9 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     index_pattern: str | None = None,
     latent_norm_eps: float | None = None,
+    quant: Quant | None = None,
     strict: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[GlmForCausalLM, LoadReport]:
     """Build a model from a directory with config.json and safetensors.
 
@@ -110,8 +118,11 @@ def load_checkpoint(
             `e_score_correction_bias` is float32 always.
         device: where the parameters are allocated.
         index_pattern, latent_norm_eps: see `GlmConfig.from_json`.
+        quant: None holds weights as they are stored: FP8, int8 and int4 run from their own bytes. "int8" or "int4", or
+            a `Policy` with more choices, quantises while reading; "none" widens everything to `dtype`.
         strict: unknown keys of config.json and unexpected tensors are errors; else a warning (keys) and an entry in
             the report (tensors). Missing tensors, wrong shapes and wrong dtypes are errors always.
+        progress: is told (weights read, weights to read).
 
     Raises:
         CheckpointError: for everything wrong with the files. Nothing has been allocated then, except where a file
@@ -121,6 +132,9 @@ def load_checkpoint(
     """
     if dtype not in PLAIN_DTYPES:
         raise CheckpointError(f"weights are loaded as bfloat16, float16 or float32, not {dtype}")
+    policy = Policy(format=quant) if quant in ("int8", "int4") else quant
+    if not isinstance(policy, Policy) and policy not in (None, "none"):
+        raise ConfigError(f"quant must be int8, int4 or none (or left out), not {quant!r}")
     if config is not None and (index_pattern is not None or latent_norm_eps is not None):
         raise ConfigError("give index_pattern and latent_norm_eps, or a whole config, not both")
     directory = Path(directory)
@@ -137,7 +151,7 @@ def load_checkpoint(
     _check_plausible(config, stored)
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     mtp_absent = config.num_nextn_predict_layers > 0 and not any(name.startswith(mtp_prefix) for name in stored)
-    # Widened weights are what the model holds, so `quantization` no longer describes it.
+    # What the model holds is seen in its weights; `quantization` describes the files.
     config = replace(
         config, quantization=None, num_nextn_predict_layers=0 if mtp_absent else config.num_nextn_predict_layers
     )
@@ -146,21 +160,22 @@ def load_checkpoint(
     with torch.device("meta"):
         model = GlmForCausalLM(config)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.get_parameter("model.embed_tokens.weight")
-    shapes = model.state_dict(keep_vars=True)
-    places = dict(_views(shapes, stored))
-    used = _check_plan(places, stored)
+        model.lm_head.weight = model.get_parameter(EMBEDDING)
+    placement = plan_weights(model.state_dict(keep_vars=True), stored, config.num_hidden_layers, policy)
+    used = placement.used
     unexpected = tuple(sorted(stored.keys() - used - set(skipped_indexers)))
     if unexpected and strict:
         raise CheckpointError(
-            f"{directory} has {_enumerate(unexpected)} without a place in the model; "
+            f"{directory} has {enumerate_names(unexpected)} without a place in the model; "
             "config.json may not belong to these weights (strict=False skips them)"
         )
 
-    _check_memory(shapes, dtype, torch.device(device))
-    state = _allocate(shapes, dtype, torch.device(device))
-    widened = _fill(dict(_views(state, stored)), stored)
-    model.load_state_dict(state, assign=True)
+    formats = sorted({weight_format for weight_format, _ in placement.formats.values()})
+    held = " and ".join((*formats, str(dtype).removeprefix("torch.")))
+    _check_memory(placement.allocate(dtype, "meta"), held, torch.device(device))
+    weights = placement.allocate(dtype, device)
+    widened = placement.fill(weights, progress)
+    assign_weights(model, weights)
     report = LoadReport(
         num_tensors=len(used),
         num_bytes=sum(stored[name].num_bytes for name in used),
@@ -182,63 +197,13 @@ def _check_plausible(config: GlmConfig, stored: Mapping[str, StoredTensor]) -> N
         least += 3 * hidden * config.intermediate_size
     if "sparse" in config.mlp_layer_types:
         least += 3 * hidden * config.moe_intermediate_size * (config.n_routed_experts + config.n_shared_experts)
-    found = sum(math.prod(tensor.shape) for tensor in stored.values())
+    # an I32 holds eight numbers of 4 bits
+    found = sum(math.prod(tensor.shape) * (8 if tensor.dtype == torch.int32 else 1) for tensor in stored.values())
     if least > found:
         raise CheckpointError(
             f"config.json describes at least {least} parameters, the checkpoint has {found}; "
             "it is incomplete or config.json is not its"
         )
-
-
-def _views(state: Mapping[str, Tensor], stored: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint names and the part of our tensors that each one fills; stacked experts fall apart unless `stored`
-    has them stacked. A tied tensor appears once, under its first name."""
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        tensor = tensor.detach()
-        experts, _, kind = name.rpartition(".experts.")
-        if not experts or name in stored:
-            yield name, tensor
-        elif kind == "gate_up_proj":
-            for number, (gate, up) in enumerate(part.chunk(2) for part in tensor):
-                yield f"{experts}.experts.{number}.gate_proj.weight", gate
-                yield f"{experts}.experts.{number}.up_proj.weight", up
-        else:
-            for number, down in enumerate(tensor):
-                yield f"{experts}.experts.{number}.down_proj.weight", down
-
-
-def _check_plan(places: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> set[str]:
-    """Check every place against the headers; returns the names in the files that will be used."""
-    missing = [name for name in places if name not in stored]
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {_enumerate(missing)}; it is incomplete or config.json is not its")
-    used = set(places)
-    for name, place in places.items():
-        source = stored[name]
-        if source.shape != tuple(place.shape):
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(source.shape)}; config.json asks for {list(place.shape)}"
-            )
-        if source.dtype in PLAIN_DTYPES:
-            continue
-        if source.dtype != torch.float8_e4m3fn or place.dim() != 2:
-            raise CheckpointError(
-                f"tensor {name!r} is {source.dtype}; weights must be BF16, F16, F32, or matrices in F8_E4M3"
-            )
-        scale = stored.get(name + SCALE_SUFFIX)
-        expected = scale_shape(*source.shape)
-        if scale is None or scale.dtype != torch.float32 or scale.shape != expected:
-            found = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-            raise CheckpointError(
-                f"FP8 tensor {name!r} needs a {SCALE_SUFFIX} sibling, float32 {list(expected)} (128x128 blocks); "
-                f"found {found}"
-            )
-        used.add(scale.name)
-    return used
 
 
 def _unused_indexers(stored: Mapping[str, StoredTensor], config: GlmConfig) -> tuple[str, ...]:
@@ -253,56 +218,19 @@ def _unused_indexers(stored: Mapping[str, StoredTensor], config: GlmConfig) -> t
     )
 
 
-def _target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.endswith(ROUTER_BIAS) else dtype
-
-
-def _check_memory(shapes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse weights that do not fit, where the free memory is known; tied names count once."""
+def _check_memory(weights: Mapping[str, Tensor | QuantizedWeight], held: str, device: torch.device) -> None:
+    """Refuse weights (on "meta") that do not fit, where the free memory is known; tied names count once."""
     if device.type not in ("cpu", "cuda"):
         return
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later counts as used
-    sizes = {id(tensor): tensor.numel() * _target_dtype(name, dtype).itemsize for name, tensor in shapes.items()}
-    needed, available = sum(sizes.values()), runtime.available_memory_bytes(str(device))
+    needed = sum({id(weight): weight.nbytes for weight in weights.values()}.values())
+    available = runtime.available_memory_bytes(str(device))
     if needed > available:
         raise MemoryLimitError(
-            f"the weights need {needed:,} bytes as {str(dtype).removeprefix('torch.')}, but only {available:,} bytes "
-            f"are available on {device}: see `indexshare plan` for what fits"
+            f"the weights need {needed:,} bytes as {held}, but only {available:,} bytes are available on {device}: "
+            "see `indexshare plan` for what fits"
         )
-
-
-def _allocate(shapes: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised tensors for a state; tied names share one parameter."""
-    made: dict[int, Tensor] = {}
-    for name, tensor in shapes.items():
-        if id(tensor) in made:
-            continue
-        data = torch.empty(tensor.shape, dtype=_target_dtype(name, dtype), device=device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        made[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
-    return {name: made[id(tensor)] for name, tensor in shapes.items()}
-
-
-def _fill(places: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """Read every tensor into its place, in the order of the files; returns the names of those widened from FP8."""
-    widened = []
-    for name in sorted(places, key=lambda name: (stored[name].path, stored[name].offset)):
-        place, source = places[name], stored[name]
-        if source.dtype == torch.float8_e4m3fn:
-            place.copy_(dequantize_block(source.read(), stored[name + SCALE_SUFFIX].read(), place.dtype))
-            widened.append(name)
-        elif place.device.type == "cpu" and place.dtype == source.dtype:
-            source.read_into(place)
-        else:
-            place.copy_(source.read())
-    return tuple(widened)
-
-
-def _enumerate(names: list[str] | tuple[str, ...]) -> str:
-    """'3 tensors (a, b, c)' with at most five names."""
-    listed = ", ".join(name[:100] for name in names[:5])
-    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({listed}{', ...' * (len(names) > 5)})"
 
 
 def save_model(
@@ -310,10 +238,11 @@ def save_model(
 ) -> None:
     """Write config.json and safetensors that `load_model` and transformers read.
 
-    Tensors keep their dtypes and get the names of the released checkpoints, one tensor for each expert. Above
-    `max_shard_bytes` the tensors are split into shards with an index. Files are written beside their place, flushed to
-    the disk and renamed; an interrupted save leaves the old checkpoint, the new one, or a directory that `load_model`
-    refuses. Weights of an earlier save are removed; other files in the directory stay.
+    Tensors keep their dtypes and get the names of the released checkpoints, one tensor for each expert; quantised
+    weights are written as they are held (see `stored_weight`). Above `max_shard_bytes` the tensors are split into
+    shards with an index. Files are written beside their place, flushed to the disk and renamed; an interrupted save
+    leaves the old checkpoint, the new one, or a directory that `load_model` refuses. Weights of an earlier save are
+    removed; other files in the directory stay.
 
     Raises:
         CheckpointError: if the directory cannot be written.
@@ -332,7 +261,15 @@ def save_model(
 
 
 def _write_files(model: GlmForCausalLM, staging: Path, max_shard_bytes: int) -> None:
-    shards = _split(dict(_views(model.state_dict(keep_vars=True), {})), max_shard_bytes)
+    weights = {
+        name: weight.plain() if isinstance(weight, PackedWeight) else weight
+        for name, weight in weights_of(model).items()
+    }
+    held = dict(views(weights, {}))
+    tensors: dict[str, Tensor] = {}
+    for name, weight in held.items():
+        tensors |= stored_tensors(name, weight)
+    shards = _split(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -343,9 +280,22 @@ def _write_files(model: GlmForCausalLM, staging: Path, max_shard_bytes: int) -> 
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    dtype = str(model.get_parameter("model.embed_tokens.weight").dtype).removeprefix("torch.")
+    dtype = str(model.get_parameter(EMBEDDING).dtype).removeprefix("torch.")
     config = replace(model.config, dtype=dtype, quantization=None)
-    (staging / CONFIG_FILE).write_text(json.dumps(config.to_json_dict(), indent=2) + "\n")
+    content = config.to_json_dict()
+    if (quantization := quantization_config.describe(_linear_modules(held))) is not None:
+        content["quantization_config"] = quantization
+    (staging / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _linear_modules(held: Mapping[str, Tensor | QuantizedWeight]) -> dict[str, tuple[str, int] | None]:
+    """Format and group size of every matrix but the embedding, by the name of its module."""
+    modules: dict[str, tuple[str, int] | None] = {}
+    for name, weight in held.items():
+        if len(weight.shape) == 2 and name != EMBEDDING:
+            held_as = (weight.format, weight.group_size) if isinstance(weight, QuantizedWeight) else None
+            modules[name.removesuffix(".weight")] = held_as
+    return modules
 
 
 def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:

@@ -1,0 +1,250 @@
+"""Whole layers in C++ against the same layers operation by operation in torch, in every shape of batch and every format."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from indexshare.engine.cache import PagedCache
+from indexshare.engine.llm import LLM
+from indexshare.engine.sampler import SamplingParams
+from indexshare.errors import KernelError
+from indexshare.kernels import native, registry
+from indexshare.kernels.layout import KeyLayout
+from indexshare.kernels.packed import PackedWeight
+from indexshare.model import recipes
+from indexshare.model.batch import ForwardBatch, Trace
+from indexshare.model.glm import GlmForCausalLM, weights_of
+from indexshare.model.native import pack_model
+from indexshare.model.weights import load_checkpoint, save_model
+
+INSTRUCTION_SETS = [
+    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
+]
+BF16, FP32 = torch.bfloat16, torch.float32
+TOLERANCE = 2e-4  # of fp32 log-probabilities, sums in another order
+NUM_TOKENS = 150
+TEXT = (torch.arange(NUM_TOKENS) * 37 % 251).tolist()
+
+pytestmark = pytest.mark.skipif(native.enable() is not None, reason="there is no C++ compiler")
+
+
+def make_model(dtype: torch.dtype = FP32, **changes: object) -> GlmForCausalLM:
+    """Weights that keep activations near one, so that selections and experts differ from token to token."""
+    torch.manual_seed(1)
+    model = GlmForCausalLM(recipes.tiny(**changes)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            parameter.normal_(0, 0.02)
+        elif parameter.dim() == 1:
+            parameter.normal_(1, 0.1)
+        else:
+            parameter.normal_(0, 1 if "embed" in name else parameter.shape[-1] ** -0.5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(FP32 if parameter.dim() == 1 and len(parameter) == 4 else dtype)
+    return model
+
+
+def packed(model: GlmForCausalLM) -> GlmForCausalLM:
+    twin = copy.deepcopy(model)
+    assert pack_model(twin) is None
+    return twin
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "instruction_set", lambda: request.param)
+    return request.param
+
+
+def ran_in_one_call(function: Callable[[], Tensor]) -> Tensor:
+    before = registry.hits["decoder_layers", native.NAME]
+    result = function()
+    assert registry.hits["decoder_layers", native.NAME] > before
+    return result
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"index_topk_pattern": "FFFFFF"},
+        {"rope_interleave": False, "indexer_rope_interleave": False},
+        {"norm_topk_prob": False, "n_shared_experts": 2, "num_experts_per_tok": 1},
+        {"num_attention_heads": 20, "kv_lora_rank": 48, "v_head_dim": 24, "qk_nope_head_dim": 12, "index_n_heads": 6},
+        {"hidden_size": 72, "q_lora_rank": 20, "index_topk": 3, "index_head_dim": 40, "intermediate_size": 100},
+    ],
+    ids=lambda changes: "-".join(changes) or "tiny",
+)
+def test_logprobs_are_those_of_the_specification(isa: str, changes: dict[str, object]) -> None:
+    model = make_model(**changes)
+    expected = LLM(model).logprobs(TEXT)
+    found = ran_in_one_call(lambda: LLM(packed(model)).logprobs(TEXT))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_bfloat16_is_no_further_from_fp64_than_the_specification(isa: str) -> None:
+    model = make_model(BF16)
+    reference = LLM(copy.deepcopy(model).double()).logprobs(TEXT)
+    errors = [(LLM(each).logprobs(TEXT) - reference).abs().mean() for each in (packed(model), copy.deepcopy(model))]
+    assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantised_weights(isa: str, tmp_path: Path, quant: str) -> None:
+    save_model(make_model(), tmp_path)
+    model, _ = load_checkpoint(tmp_path, dtype=FP32, quant=quant)
+    expected = LLM(copy.deepcopy(model)).logprobs(TEXT)
+    found = ran_in_one_call(lambda: LLM(packed(model)).logprobs(TEXT))
+    # Where a sum in another order crosses the border between two levels, an activation differs by one level.
+    assert (found - expected).abs().mean() < 0.02
+    assert (found - expected).abs().median() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+def test_the_same_answer_always(isa: str, tmp_path: Path, dtype: torch.dtype, quant: str | None) -> None:
+    """Bit-identical log-probabilities whatever the chunks, the threads, the pages and what was read before."""
+    save_model(make_model(dtype), tmp_path)
+    model, _ = load_checkpoint(tmp_path, dtype=dtype, quant=quant)
+    assert pack_model(model) is None
+    llm = LLM(model)
+    expected = llm.logprobs(TEXT)
+    for chunk_size in (1, 7, 50, 128):
+        assert torch.equal(llm.logprobs(TEXT, chunk_size=chunk_size), expected)
+    for num_threads in (2, 3):
+        torch.set_num_threads(num_threads)
+        assert torch.equal(llm.logprobs(TEXT), expected)
+        assert torch.equal(llm.logprobs(TEXT, chunk_size=1), expected)
+    for page_size in (1, 4, 100):
+        with llm.open_session(NUM_TOKENS, page_size=page_size) as session:
+            session.prefill(TEXT[:90])
+            session.truncate(33)  # as when a prefix was found in a cache
+            assert torch.equal(session.logprobs(TEXT[33:]), expected[32:])
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(isa: str) -> None:
+    """Three sequences, some with a past, in pages that lie in no order: each gets its own result, bit for bit."""
+    model = packed(make_model())
+    lengths, news = (70, 9, 41), (5, 9, 1)
+    cache = PagedCache(model.config, num_pages=64, page_size=4, dtype=FP32, device=torch.device("cpu"))
+    tables = [torch.tensor([cache.allocate(80)]) for _ in lengths]
+    tables = [table.flip(1) for table in tables]
+    texts = [torch.tensor(TEXT[i * 20 : i * 20 + length]) for i, length in enumerate(lengths)]
+
+    def batch(chosen: list[int], starts: list[int], ends: list[int]) -> ForwardBatch:
+        news = [end - start for start, end in zip(starts, ends, strict=True)]
+        return ForwardBatch(
+            token_ids=torch.cat([texts[b][s:e] for b, s, e in zip(chosen, starts, ends, strict=True)]),
+            positions=torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)]),
+            layout=KeyLayout(
+                sequence_starts=tuple([0, *torch.tensor(news).cumsum(0).tolist()]),
+                context_lengths=tuple(ends),
+                page_table=torch.cat([tables[b] for b in chosen]),
+                page_size=4,
+            ),
+            cache=cache.view(),
+        )
+
+    alone = []
+    for b, (length, new) in enumerate(zip(lengths, news, strict=True)):
+        if length > new:
+            model(batch([b], [0], [length - new]))
+        alone.append(model(batch([b], [length - new], [length])))
+    together = model(batch([0, 1, 2], [n - k for n, k in zip(lengths, news, strict=True)], list(lengths)))
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_drafts_are_those_of_the_specification(isa: str) -> None:
+    """The MTP layer and its query-only steps; short contexts, where everything is attended to, and long ones."""
+    model = make_model()
+    params = SamplingParams(max_new_tokens=40)
+    for length in (3, 60):
+        found = []
+        for each in (packed(model), copy.deepcopy(model)):
+            with LLM(each).open_session(120, num_draft_tokens=3) as session:
+                tokens = [token.token_id for token in session.stream(TEXT[:length], params)]
+                found.append((tokens, session.statistics))
+        assert found[0] == found[1]
+        assert found[0][1].num_drafted > 0
+
+
+def test_a_trace_sees_the_selections(isa: str) -> None:
+    model = make_model()
+    for length in (5, 60):
+        seen = []
+        for each in (packed(model), copy.deepcopy(model)):
+            with LLM(each).open_session(80) as session:
+                session.prefill(TEXT[:length])
+                seen.append(session.selected_positions([7]))
+        assert seen[0].keys() == seen[1].keys()
+        for layer, positions in seen[0].items():
+            assert (positions is None) == (seen[1][layer] is None) == (length == 5)
+            assert positions is None or torch.equal(positions, seen[1][layer])
+
+
+def test_nan_names_the_layer() -> None:
+    model = make_model()
+    model.model.layers[4].self_attn.indexer.wk.weight[0, 0] = float("nan")
+    with pytest.raises(KernelError, match=r"layer 4: .* NaN; run `indexshare doctor`"):
+        LLM(packed(model)).logprobs(TEXT)
+
+
+def test_dense_attention_goes_operation_by_operation() -> None:
+    model = make_model()
+    before = registry.hits["decoder_layers", registry.SPECIFICATION]
+    found = LLM(packed(model)).logprobs(TEXT, attention="dense")
+    assert registry.hits["decoder_layers", registry.SPECIFICATION] > before
+    torch.testing.assert_close(found, LLM(model).logprobs(TEXT, attention="dense"), rtol=0, atol=TOLERANCE)
+
+
+def test_packing_keeps_the_numbers_and_a_packed_model_can_be_saved(tmp_path: Path) -> None:
+    model = make_model(BF16)
+    save_model(packed(model), tmp_path / "packed")
+    save_model(model, tmp_path / "plain")
+    name = "model.safetensors"
+    assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_packing_replaces_what_it_packs() -> None:
+    """Memory is that of the weights: plain copies stay of kv_b_proj, routers and index head weights alone."""
+    model = packed(make_model())
+    plain = {name for name, weight in weights_of(model).items() if isinstance(weight, Tensor) and weight.dim() > 1}
+    kept = ("kv_b_proj.weight", "mlp.gate.weight", "weights_proj.weight", "embed_tokens.weight")
+    assert all(name.endswith(kept) for name in plain)
+    assert sum(isinstance(weight, PackedWeight) for weight in weights_of(model).values()) > 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({"kv_lora_rank": 24}, FP32, "multiples of 16"),
+        ({"moe_intermediate_size": 24}, FP32, "multiples of 16"),
+        ({}, torch.float16, "float16"),
+    ],
+)
+def test_a_model_that_cannot_be_packed_stays_as_it_is(
+    changes: dict[str, object], dtype: torch.dtype, reason: str
+) -> None:
+    model = make_model(dtype, **changes)
+    assert reason in str(pack_model(model))
+    assert not any(isinstance(weight, PackedWeight) for weight in weights_of(model).values())
+
+
+def test_other_caches_are_not_taken() -> None:
+    model = packed(make_model())
+    cache = PagedCache(model.config, num_pages=8, page_size=4, dtype=BF16, device=torch.device("cpu"))
+    layout = KeyLayout(sequence_starts=(0, 2), context_lengths=(2,), page_table=torch.tensor([[0]]), page_size=4)
+    batch = ForwardBatch(
+        token_ids=torch.tensor([1, 2]), positions=torch.arange(2), layout=layout, cache=cache.view(), trace=Trace()
+    )
+    twin = registry.get("decoder_layers").twins[0]
+    hidden = torch.zeros(2, 64)
+    assert "caches torch.bfloat16" in str(twin.supports(model.stack, hidden, None, batch, None))
+    assert "training" in str(twin.supports(model.stack, hidden, None, replace(batch, cache=None), None))
+    assert "dense" in str(twin.supports(model.stack, hidden, None, replace(batch, attention="dense"), None))
+    assert "packed" in str(twin.supports(make_model().stack, hidden, None, batch, None))
