@@ -4,9 +4,7 @@ import pytest
 
 from indexshare.kernels import native, ops, registry
 
-INSTRUCTION_SETS = [
-    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
-]
+INSTRUCTION_SETS = native.runnable()
 
 
 @pytest.fixture(params=["torch", *INSTRUCTION_SETS])

@@ -19,9 +19,7 @@ from indexshare.kernels import native, ops, registry
 from indexshare.kernels.layout import KeyLayout
 
 BF16, FP32 = torch.bfloat16, torch.float32
-INSTRUCTION_SETS = [
-    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
-]
+INSTRUCTION_SETS = native.runnable()
 
 
 def whole(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -14,9 +14,7 @@ from indexshare.kernels.formats import QuantizedWeight, storage_shapes
 from indexshare.kernels.packed import PackedWeight, pack
 
 BF16, FP32 = torch.bfloat16, torch.float32
-INSTRUCTION_SETS = [
-    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
-]
+INSTRUCTION_SETS = native.runnable()
 FORMATS = ["bfloat16", "float32", "int8", "int4", "fp8"]
 
 

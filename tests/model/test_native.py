@@ -1,4 +1,4 @@
-"""Whole layers in C++ against the same layers operation by operation in torch, in every shape of batch and every format."""
+"""Whole layers in C++ against the same layers operation by operation, for every shape of batch and every format."""
 
 import copy
 from collections.abc import Callable
@@ -22,9 +22,7 @@ from indexshare.model.glm import GlmForCausalLM, weights_of
 from indexshare.model.native import pack_model
 from indexshare.model.weights import load_checkpoint, save_model
 
-INSTRUCTION_SETS = [
-    name for name, (needed, _) in native.INSTRUCTION_SETS.items() if needed <= native._processor_flags()
-]
+INSTRUCTION_SETS = native.runnable()
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = 2e-4  # of fp32 log-probabilities, sums in another order
 NUM_TOKENS = 150
@@ -100,9 +98,9 @@ def test_quantised_weights(isa: str, tmp_path: Path, quant: str) -> None:
     model, _ = load_checkpoint(tmp_path, dtype=FP32, quant=quant)
     expected = LLM(copy.deepcopy(model)).logprobs(TEXT)
     found = ran_in_one_call(lambda: LLM(packed(model)).logprobs(TEXT))
-    # Where a sum in another order crosses the border between two levels, an activation differs by one level.
+    # Until a sum in another order crosses the border between two levels; from there activations differ by one level.
+    torch.testing.assert_close(found[:3], expected[:3], rtol=0, atol=TOLERANCE)
     assert (found - expected).abs().mean() < 0.02
-    assert (found - expected).abs().median() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -142,7 +140,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(isa: str) -> None:
             token_ids=torch.cat([texts[b][s:e] for b, s, e in zip(chosen, starts, ends, strict=True)]),
             positions=torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)]),
             layout=KeyLayout(
-                sequence_starts=tuple([0, *torch.tensor(news).cumsum(0).tolist()]),
+                sequence_starts=(0, *torch.tensor(news).cumsum(0).tolist()),
                 context_lengths=tuple(ends),
                 page_table=torch.cat([tables[b] for b in chosen]),
                 page_size=4,
@@ -170,7 +168,7 @@ def test_drafts_are_those_of_the_specification(isa: str) -> None:
                 tokens = [token.token_id for token in session.stream(TEXT[:length], params)]
                 found.append((tokens, session.statistics))
         assert found[0] == found[1]
-        assert found[0][1].num_drafted > 0
+        assert sum(found[0][1].drafted) > 0
 
 
 def test_a_trace_sees_the_selections(isa: str) -> None:

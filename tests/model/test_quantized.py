@@ -216,7 +216,7 @@ def test_forward_is_that_of_widened_weights_and_rounded_activations(plain: Path,
     model = load_model(plain, dtype=torch.float32, quant=weight_format)
     registry.hits.clear()
     result = logprobs(model)
-    assert registry.hits["index_select", "torch"] and registry.hits["moe_experts", "torch"]
+    assert registry.num_calls("index_select") and registry.num_calls("moe_experts")
     reference, groups = load_model(plain, dtype=torch.float32), {}
     for name, weight in quantised(model).items():
         parameter = reference.get_parameter(name)

@@ -113,7 +113,7 @@ class Session:
         pieces = [torch.empty(0)]
         last = None
         if self.context_length > 0:
-            pieces.append(torch.log_softmax(self._logits_now(), dim=-1)[tokens[:1]].cpu())
+            pieces.append(_log_probabilities(self._logits_now()[None], tokens[:1]).cpu())
 
         def score(hidden: Tensor, start: int) -> None:
             nonlocal last
@@ -301,7 +301,12 @@ class Session:
         num_rows = max(1, LOGPROB_BYTES // (4 * self._model.config.vocab_size))
         scores = [torch.empty(0, device=hidden.device)]
         for start in range(0, len(targets), num_rows):
-            wanted = torch.tensor(targets[start : start + num_rows], device=hidden.device)[:, None]
-            logits = self._logits(hidden[start : start + len(wanted)])
-            scores.append((logits.gather(-1, wanted) - logits.logsumexp(dim=-1, keepdim=True))[:, 0])
+            wanted = targets[start : start + num_rows]
+            scores.append(_log_probabilities(self._logits(hidden[start : start + len(wanted)]), wanted))
         return torch.cat(scores)
+
+
+def _log_probabilities(logits: Tensor, targets: list[int]) -> Tensor:
+    """log p(targets) [n] fp32 from logits [n, vocab]."""
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    return (logits.gather(-1, wanted) - logits.logsumexp(dim=-1, keepdim=True))[:, 0]

@@ -74,14 +74,18 @@ def register(isa: str) -> None:
 
 def instruction_set() -> str:
     """`INDEXSHARE_ISA`, or the best this processor has. Raises ConfigError for one that it lacks."""
-    asked = runtime.settings().isa
-    flags = _processor_flags()
-    runs = [name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= flags]
+    asked, runs = runtime.settings().isa, runnable()
     if asked is None:
         return runs[0]
     if asked not in runs:
         raise ConfigError(f"INDEXSHARE_ISA={asked} does not run on this processor; it can run: {', '.join(runs)}")
     return asked
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this processor has, best first."""
+    flags = _processor_flags()
+    return [name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= flags]
 
 
 @functools.cache

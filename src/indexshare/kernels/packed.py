@@ -118,12 +118,16 @@ def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
 
 
 def _pack_scales(weight: QuantizedWeight) -> Tensor:
-    """fp8: fp32 [.., out/16, groups]; else BF16 [.., out/16, groups, 16], which holds these scales exactly."""
+    """fp8: fp32 [.., out/16, groups]; else BF16 [.., out/16, groups, 16]. Raises KernelError for finer scales."""
     blocks = -(-weight.shape[-2] // LANES)
     if weight.format == "fp8":
         return weight.scales.repeat_interleave(FP8_BLOCK // LANES, -2)[..., :blocks, :].contiguous()
-    padded = torch.nn.functional.pad(weight.scales, (0, 0, 0, blocks * LANES - weight.shape[-2]))
-    scales = padded.unflatten(-2, (blocks, LANES)).transpose(-2, -1).to(torch.bfloat16).contiguous()
-    if not torch.equal(scales.to(torch.float32), padded.unflatten(-2, (blocks, LANES)).transpose(-2, -1)):
+    if not fits_bfloat16(weight.scales):
         raise KernelError("the scales of an integer weight must be numbers that bfloat16 has")
-    return scales
+    padded = torch.nn.functional.pad(weight.scales, (0, 0, 0, blocks * LANES - weight.shape[-2]))
+    return padded.unflatten(-2, (blocks, LANES)).transpose(-2, -1).to(torch.bfloat16).contiguous()
+
+
+def fits_bfloat16(scales: Tensor) -> bool:
+    """Whether bfloat16 holds all of these scales exactly."""
+    return torch.equal(scales.bfloat16().float(), scales)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from indexshare.errors import KernelError
 from indexshare.kernels import native, ops, registry
 from indexshare.kernels.formats import QuantizedWeight
-from indexshare.kernels.packed import LANES, Matrix, PackedWeight, as_tensor, pack
+from indexshare.kernels.packed import LANES, Matrix, PackedWeight, as_tensor, fits_bfloat16, pack
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import (
@@ -31,6 +31,7 @@ from indexshare.model.glm import (
     Mlp,
     RopeTable,
     decoder_layers,
+    weights_of,
 )
 
 TIMED = ("linear", "index_select", "mla_sparse", "moe_experts")
@@ -121,6 +122,9 @@ def _refusal(model: GlmForCausalLM) -> str | None:
         return f"qk_rope_head_dim is more than {MAX_ROPE}"
     if any(_kind(part.gate_proj) != _kind(part.up_proj) for part in model.modules() if isinstance(part, Mlp)):
         return "gate_proj and up_proj of a layer have different formats"
+    quantized = [weight for weight in weights_of(model).values() if isinstance(weight, QuantizedWeight)]
+    if any(weight.format != "fp8" and not fits_bfloat16(weight.scales) for weight in quantized):
+        return "scales of integer weights are finer than bfloat16, or not numbers"
     return None
 
 

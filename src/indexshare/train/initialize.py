@@ -108,7 +108,7 @@ def _look_back(attention: Attention, config: GlmConfig, shares: _Shares) -> None
     frequencies = config.rope_theta ** -(torch.arange(NUM_LOCAL_FREQUENCIES) * 2.0 / config.qk_rope_head_dim)
     rotary.zero_()
     rotary[: 2 * NUM_LOCAL_FREQUENCIES : 2, 0] = POSITION_GAIN / constant
-    values = attention._kv_b()[:, config.qk_nope_head_dim :]
+    values = attention.kv_b()[:, config.qk_nope_head_dim :]
     output = attention.o_proj.weight.view(config.hidden_size, config.num_attention_heads, config.v_head_dim)
     for head, share in enumerate(shares.back):
         query = _query_rows(attention, config, head)[config.qk_nope_head_dim :]
@@ -162,7 +162,7 @@ def _search(attention: Attention, config: GlmConfig, shares: _Shares, generator:
         attention.q_a_proj.weight[rows, source] = slot @ shares.to_back if index == 0 else slot
     to_value = _projection(config.kv_lora_rank - width, shares.to_back.shape[1], generator)
     keys[width:, shares.token] = to_value
-    key_value = attention._kv_b()
+    key_value = attention.kv_b()
     output = attention.o_proj.weight.view(config.hidden_size, config.num_attention_heads, config.v_head_dim)
     num_values = to_value.shape[0]
     for head in range(NUM_INDUCTION_HEADS):
