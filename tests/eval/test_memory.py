@@ -15,20 +15,17 @@ SHORT, LONG = 32_768, 131_072
 
 PROGRAM = """
 import json, sys, torch
+import indexshare
 from indexshare import runtime
 from indexshare.engine.cache import required_bytes
-from indexshare.engine.llm import LLM
-from indexshare.model import recipes
-from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.glm import weights_of
 
 num_tokens = int(sys.argv[1])
-model = GlmForCausalLM(recipes.nano()).to(torch.bfloat16)
-model.init_weights(seed=0)
-llm = LLM(model)
+llm = indexshare.load("nano")
 token_ids = torch.randint(0, llm.config.vocab_size, (num_tokens,))
 with llm.open_session(num_tokens) as session:
     session.prefill(token_ids)
-weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+weights = sum(weight.nbytes for weight in weights_of(llm.model).values())
 caches = required_bytes(llm.config, num_tokens, llm.dtype, with_mtp=False)
 print(json.dumps({"peak": runtime.peak_memory_bytes(), "weights": weights, "caches": caches}))
 """
