@@ -20,6 +20,7 @@ namespace {
 constexpr int kKeysAtOnce = 16;     // accumulators in registers
 constexpr int kKeysPerBlock = 64;   // reused by every query of a tile while they are in the first cache
 constexpr int kQueriesPerTile = 16;
+constexpr int kAhead = 2 * kKeysAtOnce;
 
 struct IndexSelect {
   const void* query;     // [num_queries, num_heads, dim]
@@ -167,39 +168,68 @@ struct IndexScratch {
   }
 };
 
-// acc[key] += query lanes . key, for sixteen keys. query: [dim][16 lanes]; keys: rows of `stride` floats.
-template <int kDim>
-ALWAYS_INLINE void dots(const float* query, const float* keys, int dim_at_run_time, Float16 acc[kKeysAtOnce]) {
+// acc[group][key] = query lanes . key, for kKeys keys and one or two groups of sixteen lanes, which share what is broadcast.
+// ahead: as many bytes as the keys have are prefetched from there.
+// query: [group][dim][16 lanes]; keys: rows of `dim` numbers.
+template <int kDim, int kGroups, int kKeys>
+ALWAYS_INLINE void dots(
+    const float* query, const float* keys, int dim_at_run_time, Float16 (*acc)[kKeysAtOnce], const char* ahead) {
   const int dim = kDim ? kDim : dim_at_run_time;
-  for (int k = 0; k < kKeysAtOnce; k++) acc[k] = Float16{};
+  Float16 sums[kGroups * kKeys] = {};
   for (int d = 0; d < dim; d++) {
-    const Float16 q = load(query + d * kLanes);
+    __builtin_prefetch(ahead + d * (kKeys * 4));
+    Float16 q[kGroups];
+    for (int g = 0; g < kGroups; g++) q[g] = load(query + (g * dim + d) * kLanes);
 #pragma GCC unroll 16
-    for (int k = 0; k < kKeysAtOnce; k++) acc[k] += q * keys[k * dim + d];
-  }
-}
-
-#if defined(__AVX512BF16__)
-// The same in BF16: query [dim/2][16 lanes][2], products and sums in fp32.
-template <int kDim>
-ALWAYS_INLINE void dots(const uint16_t* query, const uint16_t* keys, int dim_at_run_time, Float16 acc[kKeysAtOnce]) {
-  const int dim = kDim ? kDim : dim_at_run_time;
-  __m512 sums[kKeysAtOnce];
-#pragma GCC unroll 16
-  for (int k = 0; k < kKeysAtOnce; k++) sums[k] = _mm512_setzero_ps();
-  for (int d = 0; d < dim; d += 2) {
-    const __m512bh q = (__m512bh)_mm512_loadu_si512(query + d * kLanes);
-#pragma GCC unroll 16
-    for (int k = 0; k < kKeysAtOnce; k++) {
-      int32_t pair;
-      memcpy(&pair, keys + k * dim + d, 4);
-      sums[k] = _mm512_dpbf16_ps(sums[k], q, (__m512bh)_mm512_set1_epi32(pair));
+    for (int k = 0; k < kKeys; k++) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; g++) sums[g * kKeys + k] += q[g] * keys[k * dim + d];
     }
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < kKeysAtOnce; k++) acc[k] = (Float16)sums[k];
+  for (int i = 0; i < kGroups * kKeys; i++) acc[i / kKeys][i % kKeys] = sums[i];
+}
+
+#if defined(__AVX512BF16__)
+// The same in BF16: query [group][dim/2][16 lanes][2], products and sums in fp32.
+template <int kDim, int kGroups, int kKeys>
+ALWAYS_INLINE void dots(
+    const uint16_t* query, const uint16_t* keys, int dim_at_run_time, Float16 (*acc)[kKeysAtOnce], const char* ahead) {
+  const int dim = kDim ? kDim : dim_at_run_time;
+  __m512 sums[kGroups * kKeys];
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroups * kKeys; i++) sums[i] = _mm512_setzero_ps();
+  for (int d = 0; d < dim; d += 2) {
+    __builtin_prefetch(ahead + d * (kKeys * 2));
+    __m512bh q[kGroups];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; g++) q[g] = (__m512bh)_mm512_loadu_si512(query + (g * dim + d) * kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeys; k++) {
+      int32_t pair;
+      memcpy(&pair, keys + k * dim + d, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; g++) sums[g * kKeys + k] = _mm512_dpbf16_ps(sums[g * kKeys + k], q[g], both);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroups * kKeys; i++) acc[i / kKeys][i % kKeys] = (Float16)sums[i];
 }
 #endif
+
+// Sixteen keys for one group of lanes, or for two.
+template <int kDim, typename Number>
+ALWAYS_INLINE void dots_of_groups(
+    int num_groups, const Number* query, const Number* keys, int dim, Float16 (*acc)[kKeysAtOnce], const char* ahead) {
+  if (num_groups == 1) return dots<kDim, 1, kKeysAtOnce>(query, keys, dim, acc, ahead);
+  constexpr int kHalf = kKeysAtOnce / 2;
+  Float16 second[2][kKeysAtOnce];
+  dots<kDim, 2, kHalf>(query, keys, dim, acc, ahead);
+  dots<kDim, 2, kHalf>(query, keys + size_t(kHalf) * dim, dim, second, ahead + kHalf * dim * sizeof(Number));
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; i++) acc[0][kHalf + i] = second[0][i], acc[1][kHalf + i] = second[1][i];
+}
 
 template <typename Query, typename Number>
 void pack(const IndexSelect& a, int64_t first, int num_queries, int lanes_per_query, Number* packed, float* weights) {
@@ -260,32 +290,46 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
     is_nan |= found != found;
     scratch.candidates[q].append(found + 0.0f, int32_t(position));  // no negative zero
   };
+  // A group of lanes holds four queries, one, or a part of one; two groups go at once, or all parts of a query.
+  const int queries_per_group = lanes_per_query < kLanes ? kLanes / lanes_per_query : 1;
+  const int parts = std::max(1, lanes_per_query / kLanes), groups_at_once = std::max(2, parts);
+  const int num_groups = (num_queries + queries_per_group - 1) / queries_per_group * parts;
   for (int64_t block = begin; block < end; block += kKeysPerBlock) {
     const int count = int(std::min<int64_t>(kKeysPerBlock, end - block));
     const Number* keys = block_of_keys<Key, Number>(a, block, count, reinterpret_cast<Number*>(scratch.keys.data()));
-    const int group_size = lanes_per_query <= kLanes ? kLanes / lanes_per_query : 1;
-    for (int q = 0; q < num_queries; q += group_size) {
-      if (block > a.num_past + first + std::min(q + group_size, num_queries) - 1) continue;
-      const int lane = q * lanes_per_query;
+    for (int g = 0; g < num_groups; g += groups_at_once) {
+      const int q = g / parts * queries_per_group, last = std::min((g + groups_at_once) / parts * queries_per_group, num_queries) - 1;
+      if (block > a.num_past + first + last) continue;
       for (int k = 0; k < count; k += kKeysAtOnce) {
-        Float16 sums[kKeysAtOnce] = {};
-        for (int part = 0; part < lanes_per_query; part += kLanes) {
-          Float16 acc[kKeysAtOnce];
-          dots<kDim>(packed + size_t(lane + part) * a.dim, keys + size_t(k) * a.dim, a.dim, acc);
-          const Float16 weights = load(&scratch.weights[lane + part]);
+        // Sixteen rows at once are more streams than the hardware follows: keys two steps ahead are asked for.
+        const int64_t later = std::min(block + k + kAhead, end - 1);
+        const char* ahead = reinterpret_cast<const char*>(static_cast<const Key*>(a.keys) + a.row(later) * a.dim);
+        Float16 sums[2][kKeysAtOnce] = {};
+        for (int part = 0; part < groups_at_once && g + part < num_groups; part += 2) {
+          const int now = std::min({2, groups_at_once - part, num_groups - g - part});
+          const int lane = (g + part) * kLanes;
+          Float16 acc[2][kKeysAtOnce];
+          dots_of_groups<kDim>(now, packed + size_t(lane) * a.dim, keys + size_t(k) * a.dim, a.dim, acc, ahead);
+          for (int j = 0; j < now; j++) {
+            const Float16 weights = load(&scratch.weights[lane + j * kLanes]);
+            Float16* to = sums[parts > 1 ? 0 : j];
 #pragma GCC unroll 16
-          for (int i = 0; i < kKeysAtOnce; i++) sums[i] += relu(acc[i]) * weights;
+            for (int i = 0; i < kKeysAtOnce; i++) to[i] += relu(acc[j][i]) * weights;
+          }
         }
-        if (lanes_per_query >= kLanes) {
-          take(q, add_lanes(sums), block + k);
-          continue;
+        for (int j = 0; j < (parts > 1 ? 1 : 2) && q + j * queries_per_group < num_queries; j++) {
+          if (queries_per_group == 1) {
+            take(q + j, add_lanes(sums[j]), block + k);
+            continue;
+          }
+          Float16 quarters[4], of_query[4];
+          for (int i = 0; i < 4; i++) {
+            const Float16* of_key = sums[j] + 4 * i;
+            quarters[i] = add_quarters(of_key[0], of_key[1], of_key[2], of_key[3]);
+          }
+          turn_quarters(quarters, of_query);
+          for (int i = 0; i < 4 && q + 4 * j + i < num_queries; i++) take(q + 4 * j + i, of_query[i], block + k);
         }
-        Float16 quarters[4], of_query[4];
-        for (int i = 0; i < 4; i++) {
-          quarters[i] = add_quarters(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
-        }
-        turn_quarters(quarters, of_query);
-        for (int i = 0; i < 4 && q + i < num_queries; i++) take(q + i, of_query[i], block + k);
       }
     }
   }
