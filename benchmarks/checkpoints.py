@@ -2,6 +2,9 @@
 
 Speed does not depend on what weights say, but it does depend on what they do: with equal index scores a top-k is easy,
 with a dead router few experts are read. Hence unit-scale activations: linears N(0, 1 / fan_in), norms N(1, 0.1).
+Outputs into the residual stream are smaller by sqrt(2 layers), as in a fresh model before training: without that, one
+expert that BF16 chooses differently changes everything after it (KL 0.9 on `mid` between BF16 and float32 of the same
+engine, with it 0.02), and no comparison of engines on these weights would mean anything.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from indexshare.model.weights import save_model
 
 SEED = 5
 GAINS = {"q_b_proj.weight": 2.0, "lm_head.weight": 2.0}
+INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "down_proj")
 NORM_SPREAD = 0.1
 ROUTER_BIAS, ROUTER_BIAS_SPREAD = "e_score_correction_bias", 0.02
 
@@ -66,13 +70,14 @@ def make(name: str, directory: Path) -> Path:
         with torch.device("meta"):
             model = GlmForCausalLM(RECIPES[name]())
         generator = torch.Generator().manual_seed(SEED)
-        weights = {key: _draw(key, value.shape, generator) for key, value in model.state_dict().items()}
+        residual_gain = (2 * model.config.num_hidden_layers) ** -0.5
+        weights = {key: _draw(key, value.shape, residual_gain, generator) for key, value in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
         save_model(model, target)
     return target
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _draw(name: str, shape: torch.Size, residual_gain: float, generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith(ROUTER_BIAS):
         return values * ROUTER_BIAS_SPREAD  # float32 in the released checkpoints
@@ -82,5 +87,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         values *= NORM_SPREAD
     elif not name.endswith("embed_tokens.weight"):
         gain = next((gain for ending, gain in GAINS.items() if name.endswith(ending)), 1.0)
+        if name.endswith(INTO_RESIDUAL):
+            gain = residual_gain
         values *= gain * shape[-1] ** -0.5
     return values.to(torch.bfloat16)

@@ -26,10 +26,10 @@ ROW_TYPES = {GGML_F32: np.dtype("<f4"), GGML_F16: np.dtype("<f2")}
 def grow_state(state: NDArray[np.uint8], num_tokens: int, seed: int = 2) -> NDArray[np.uint8]:
     """A saved sequence of T tokens as one of `num_tokens`: each further row is a cos + b sin of two real rows.
 
-    Mixed so, rows keep the scale of the real ones, and index scores have no ties as they would between copies. The
-    format is that of `llama_kv_cache::state_write`, once for the latents and once for the index keys: number of streams
-    and cells, (position, 1, sequence) for each cell, whether values are transposed, number of layers, and for each layer
-    the type, the bytes of a row and the rows of its keys. These caches hold no values.
+    Mixed so, rows keep the scale of the real ones, and index scores have no ties as they would between copies.
+    The format is that of `llama_kv_cache::state_write`, once for the latents and once for the index keys: number of
+    streams and cells, (position, 1, sequence) for each cell, whether values are transposed, number of layers, and for
+    each layer the type, the bytes of a row and the rows of its keys. These caches hold no values.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     parts = [state[:HEADER_BYTES]]
@@ -69,7 +69,11 @@ def _bindings() -> Any:
 
 
 class LlamaEngine:
-    def __init__(self, *, path: str, flash_attention: bool, threads: int, f32_cache: bool = False) -> None:
+    """grows=False reads every context for real: what growing is compared with."""
+
+    def __init__(
+        self, *, path: str, flash_attention: bool, threads: int, f32_cache: bool = False, grows: bool = True
+    ) -> None:
         self._llama = _bindings()
         self._llama.llama_backend_init()
         self._model = self._llama.llama_model_load_from_file(path.encode(), self._llama.llama_model_default_params())
@@ -77,13 +81,13 @@ class LlamaEngine:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self.vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self._flash_attention, self._threads, self._f32_cache = flash_attention, threads, f32_cache
+        self._grows = grows
         self._context: Any = None
         self._base: NDArray[np.uint8] | None = None
         self._depth = 0
-        self.grows = True
 
     def set_depth(self, num_tokens: int, progress: Progress) -> None:
-        if not self.grows or num_tokens <= GROWN_FROM:
+        if not self._grows or num_tokens <= GROWN_FROM:
             self._open(num_tokens)
             self._depth = num_tokens
             for start in range(0, num_tokens, CHUNK_SIZE):

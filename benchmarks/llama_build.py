@@ -1,7 +1,7 @@
 """llama.cpp from the llama-cpp-python source package: found in the cache directory, or fetched and built there.
 
-As a program it is the converter: `llama_build.py LLAMA_CPP_DIRECTORY MODEL_DIRECTORY FILE.gguf f32|bf16` runs llama.cpp's own
-convert_hf_to_gguf.py, except that no tokenizer is written: a random checkpoint has none, and engines get token ids.
+As a program (`llama_build.py LLAMA_CPP MODEL_DIRECTORY FILE.gguf f32|bf16`) it runs llama.cpp's convert_hf_to_gguf.py,
+except that no tokenizer is written: a random checkpoint has none, and engines get token ids.
 """
 
 import hashlib

@@ -18,10 +18,12 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import quiet
 from numpy.typing import NDArray
 
 PR_SET_PDEATHSIG = 1
 CHUNK_SIZE = 512
+PROBE_TOKENS = 16
 Progress = Callable[[int, int], None]
 
 
@@ -84,9 +86,9 @@ def _answer(engine: Engine, action: str, request: dict[str, Any], progress: Prog
             begun = time.perf_counter()
             engine.set_depth(request["num_tokens"], progress)
             seconds = time.perf_counter() - begun
-            _read_and_forget(engine, 16)  # what is allocated at the first use of a depth is not part of its speed
+            probe_seconds = _read_and_forget(engine, PROBE_TOKENS)  # also what the first use of a depth allocates
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
-            return {"seconds": seconds}
+            return {"seconds": seconds, "probe_seconds": probe_seconds}
         case "prefill":
             engine.read(token_ids(engine.vocab_size, 0, 1))  # wakes threads and caches
             engine.forget()
@@ -94,12 +96,13 @@ def _answer(engine: Engine, action: str, request: dict[str, Any], progress: Prog
         case "decode":
             tokens = token_ids(engine.vocab_size, 0, request["num_tokens"] + 1)
             engine.read(tokens[:1])
-            begun = time.perf_counter()
-            for token in tokens[1:]:
-                engine.read([token])
-            seconds = time.perf_counter() - begun
+            num_tokens, seconds, begun = 0, 0.0, time.perf_counter()
+            while num_tokens < request["num_tokens"] and seconds < request["most_seconds"]:
+                num_tokens += 1
+                engine.read([tokens[num_tokens]])
+                seconds = time.perf_counter() - begun
             engine.forget()
-            return {"seconds": seconds}
+            return {"num_tokens": num_tokens, "seconds": seconds}
         case "peak":
             lines = Path("/proc/self/status").read_text().splitlines()
             return {"bytes": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))}
@@ -156,9 +159,13 @@ class Worker:
         self.close()
 
     def call(self, action: str, *, progress: Progress | None = None, **arguments: Any) -> dict[str, Any]:
-        """Let it do one thing. Raises WorkerError."""
+        """Let it do one thing. "others" in the answer is the share of the processors that others had meanwhile.
+
+        Raises WorkerError.
+        """
         process = self._process
         assert process.stdin is not None and process.stdout is not None
+        begun, others = time.perf_counter(), quiet.busy_seconds() - quiet.process_seconds(process.pid)
         try:
             process.send_signal(signal.SIGCONT)
             process.stdin.write(json.dumps({"action": action} | arguments) + "\n")
@@ -176,7 +183,9 @@ class Worker:
         process.send_signal(signal.SIGSTOP)
         if "error" in answer:
             raise WorkerError(answer["error"])
-        return answer
+        others = quiet.busy_seconds() - quiet.process_seconds(process.pid) - others
+        elapsed = time.perf_counter() - begun
+        return answer | {"others": round(max(0.0, others - quiet.CLOCK_SECONDS) / (quiet.NUM_PROCESSORS * elapsed), 3)}
 
     def close(self) -> None:
         """End it, whatever it does."""
