@@ -146,13 +146,13 @@ def print_tables(run: Run, console: Console) -> None:
             table.add_row(f"peak GiB, {engine}", *(f"{one.peak_bytes / GIB:.2f}" if one else "-" for one in found))
         console.print(table)
     if any(one.was_disturbed(kind) for one in run.measurements for kind in ("prefill", "decode")):
-        console.print("~ other programs had more than 5 % of the processors while this was measured")
+        console.print("~ other programs had more than 5 % of the processors while this was measured", soft_wrap=True)
     for name, text in (run.machine | run.versions).items():
-        console.print(f"{name}: {text}", highlight=False)
+        console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
     for name, reason in run.missing.items():
-        console.print(f"not measured: {name}: {reason}", highlight=False)
+        console.print(f"not measured: {name}: {reason}", highlight=False, soft_wrap=True)
     if not run.agreements:
-        console.print("the engines were NOT compared: these speeds may be those of different models")
+        console.print("the engines were NOT compared: these speeds may be those of different models", soft_wrap=True)
 
 
 def write_json(run: Run, path: Path) -> None:
@@ -205,7 +205,7 @@ def plot(run: Run, path: Path) -> None:
         axes.set_title(kind)
         axes.set_xlabel("tokens of context")
         axes.set_ylabel("tokens/s")
-    panels[1].legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     names = [f"{name} {run.versions[name]}" for name in ("indexshare", "transformers") if name in run.versions]
     names.append(run.versions.get("llama.cpp", "").partition(",")[0])
     figure.suptitle(

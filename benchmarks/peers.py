@@ -55,7 +55,7 @@ class Contender:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install -e .[bench]")
     work = options.work or llama_build.cache_directory() / "work"

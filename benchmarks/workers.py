@@ -181,6 +181,9 @@ class Worker:
         except BrokenPipeError:
             raise WorkerError(f"ended with {process.wait()}; see {self._log}") from None
         process.send_signal(signal.SIGSTOP)
+        os.waitid(
+            os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT
+        )  # it stands still before another one runs
         if "error" in answer:
             raise WorkerError(answer["error"])
         others = quiet.busy_seconds() - quiet.process_seconds(process.pid) - others
