@@ -27,12 +27,14 @@ class TransformersEngine:
             progress(start, num_tokens)
         self._depth = num_tokens
 
-    @torch.inference_mode()
     def read(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        for start in range(0, len(token_ids), CHUNK_SIZE):
-            ids = torch.tensor([token_ids[start : start + CHUNK_SIZE]])
-            output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float().numpy()
+        logits = np.empty(0, dtype=np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(token_ids), CHUNK_SIZE):
+                ids = torch.tensor([token_ids[start : start + CHUNK_SIZE]])
+                output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                logits = output.logits[0, -1].float().numpy()
+        return logits
 
     def forget(self) -> None:
         self._cache.crop(self._depth - self._cache.get_seq_length())

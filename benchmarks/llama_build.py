@@ -103,15 +103,15 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _convert(source: Path, checkpoint: Path, target: Path, output_type: str) -> None:
-    sys.path.insert(0, str(source))
+def _convert(source: str, checkpoint: str, target: str, output_type: str) -> None:
+    sys.path.insert(0, source)
     import convert_hf_to_gguf
     from conversion.glm import GlmMoeDsaModel
 
     GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
-    sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outfile", str(target), "--outtype", output_type]
+    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", target, "--outtype", output_type]
     convert_hf_to_gguf.main()
 
 
 if __name__ == "__main__":
-    _convert(*(Path(argument) for argument in sys.argv[1:4]), sys.argv[4])
+    _convert(*sys.argv[1:5])

@@ -76,6 +76,10 @@ class Run:
     def engines(self, number_format: str) -> list[str]:
         return list(dict.fromkeys(one.engine for one in self.measurements if one.format == number_format))
 
+    def measurements_of(self, name: str) -> list[Measurement]:
+        """Those of "engine format", in the order of their depths."""
+        return [one for one in self.measurements if f"{one.engine} {one.format}" == name]
+
     def find(self, engine: str, number_format: str, depth: int) -> Measurement | None:
         for one in self.measurements:
             if (one.engine, one.format, one.depth) == (engine, number_format, depth):
@@ -187,7 +191,7 @@ def plot(run: Run, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     positive = [depth for depth in run.depths if depth]
@@ -199,6 +203,8 @@ def plot(run: Run, path: Path) -> None:
         if positive:
             axes.set_xscale("symlog", base=2, linthresh=positive[0], linscale=0.7)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_xticks(run.depths, [short_number(depth) for depth in run.depths])
         axes.minorticks_off()
         axes.grid(True, which="both", alpha=0.25)

@@ -16,8 +16,8 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from agreement import Candidate, Missing
 from peer_report import Measurement, Run
 from quiet import QUIET_SHARE, Patience
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workers import CHUNK_SIZE, PROBE_TOKENS, Worker, WorkerError
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from workers import CHUNK_SIZE, PROBE_TOKENS, Progress, Worker, WorkerError
 
+HERE = Path(__file__).parent
 ENGINES = ("ours", "llama.cpp", "transformers")
 FORMATS = tuple(llama_build.GGUF_TYPES)
 DEPTHS = (0, 4096, 16_384, 32_768, 65_536)
@@ -53,6 +55,17 @@ class Contender:
     decodes_to: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Racer:
+    """A contender and its process."""
+
+    contender: Contender
+    worker: Worker
+
+
+Step = Callable[[str], AbstractContextManager[Progress]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(stderr=True, soft_wrap=True)
@@ -68,11 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _measure_all(options, contenders, work, run, console)
     except KeyboardInterrupt:
         console.print("interrupted; what was measured so far follows")
-    if run.measurements:
-        peer_report.print_tables(run, Console())
-        if options.plot:
-            peer_report.plot(run, options.plot)
-    return 0
+    peer_report.print_tables(run, Console())
+    if options.plot and run.measurements:
+        peer_report.plot(run, options.plot)
+    return 0 if run.measurements else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -176,83 +188,85 @@ def _measure_all(
     options: argparse.Namespace, contenders: list[Contender], work: Path, run: Run, console: Console
 ) -> None:
     """One format after the other; within one, depth by depth, all engines in turn."""
-    num_steps = sum(
-        1 + options.repeats for one in contenders for depth in options.depths if depth <= one.deepest
-    )  # reading the context, and the repeats
+    depths = [depth for one in contenders for depth in options.depths if depth <= one.deepest]
     patience = Patience(options.patience)
-    with _progress(console, num_steps) as (progress, advance):
+    with _progress(console, len(depths) * (1 + options.repeats)) as step:  # the context, then the repeats
         for number_format in options.formats:
             with ExitStack() as stack:
-                workers: list[tuple[Contender, Worker]] = []
-                for one in contenders:
-                    if one.candidate.format == number_format:
-                        candidate = one.candidate
-                        name = f"{candidate.engine} {candidate.format}"
-                        log = work / "logs" / f"{options.model}-{name.replace(' ', '-')}.log"
-                        script = Path(__file__).parent / candidate.script
-                        try:
-                            worker = stack.enter_context(Worker(name, script, candidate.arguments, log))
-                        except WorkerError as error:
-                            run.missing[name] = str(error)
-                            progress.console.print(f"{name}: {error}")
-                            continue
-                        run.versions |= worker.versions
-                        workers.append((one, worker))
+                racers = _start([one for one in contenders if one.candidate.format == number_format], work, run, stack)
                 for depth in options.depths:
-                    for one, worker in workers:
-                        if one.deepest < depth:
-                            worker.close()
-                    workers = [(one, worker) for one, worker in workers if one.deepest >= depth]
-                    done = _measure_depth(depth, workers, options.repeats, patience, run, progress, advance)
-                    workers = [(one, worker) for one, worker in workers if one in done]
+                    for racer in racers:
+                        if racer.contender.deepest < depth:
+                            racer.worker.close()  # and give its memory to the others
+                    racers = [racer for racer in racers if racer.contender.deepest >= depth]
+                    racers = _measure_depth(depth, racers, options.repeats, patience, run, step)
+                    for racer in racers:
+                        console.print(peer_report.line(run.measurements_of(racer.worker.name)[-1]))
                     if options.json:
                         peer_report.write_json(run, options.json)
 
 
-def _measure_depth(
-    depth: int,
-    workers: list[tuple[Contender, Worker]],
-    repeats: int,
-    patience: Patience,
-    run: Run,
-    progress: Progress,
-    advance: Any,
-) -> list[Contender]:
-    """Measure at one depth; those that did it."""
-    ready: list[tuple[Contender, Worker, Measurement]] = []
-    for one, worker in workers:
+def _start(contenders: list[Contender], work: Path, run: Run, stack: ExitStack) -> list[Racer]:
+    """A worker for each, until the stack is left; those that cannot load are noted."""
+    racers = []
+    for one in contenders:
         candidate = one.candidate
-        with advance(f"{worker.name}: context of {depth:,} tokens") as tell:
+        name = f"{candidate.engine} {candidate.format}"
+        log = work / "logs" / f"{run.model}-{name.replace(' ', '-')}.log"
+        try:
+            worker = stack.enter_context(Worker(name, HERE / candidate.script, candidate.arguments, log))
+        except WorkerError as error:
+            run.missing[name] = str(error)
+            continue
+        run.versions |= worker.versions
+        racers.append(Racer(contender=one, worker=worker))
+    return racers
+
+
+def _measure_depth(
+    depth: int, racers: list[Racer], repeats: int, patience: Patience, run: Run, step: Step
+) -> list[Racer]:
+    """Measure at one depth; those that are still there afterwards."""
+    found: dict[str, Measurement] = {}
+
+    def attempt(racer: Racer, what: str, action: Callable[[Racer, Progress], None]) -> bool:
+        with step(f"{racer.worker.name}, {depth:,} tokens: {what}") as progress:
             try:
-                answer = worker.call("depth", num_tokens=depth, progress=tell)
+                action(racer, progress)
             except WorkerError as error:
-                run.missing[f"{worker.name} at {depth:,}"] = str(error)
-                progress.console.print(f"{worker.name} at {depth:,}: {error}")
-                worker.close()
-                continue
-        num_tokens = _prefill_tokens(answer["probe_seconds"])
-        measurement = Measurement(
-            engine=candidate.engine, format=candidate.format, depth=depth, prefill_tokens=num_tokens
+                run.missing[f"{racer.worker.name} at {depth:,}"] = str(error)
+                racer.worker.close()
+                return False
+        return True
+
+    def set_depth(racer: Racer, progress: Progress) -> None:
+        answer = racer.worker.call("depth", num_tokens=depth, progress=progress)
+        found[racer.worker.name] = Measurement(
+            engine=racer.contender.candidate.engine,
+            format=racer.contender.candidate.format,
+            depth=depth,
+            prefill_tokens=_prefill_tokens(answer["probe_seconds"]),
+            context_seconds=answer["seconds"],
         )
-        measurement.context_seconds = answer["seconds"]
-        ready.append((one, worker, measurement))
+
+    def repeat(racer: Racer, progress: Progress) -> None:
+        one = found[racer.worker.name]
+        if one.prefill_tokens:
+            answer = _undisturbed(racer.worker, patience, "prefill", num_tokens=one.prefill_tokens)
+            one.prefill.append(one.prefill_tokens / answer["seconds"])
+            one.prefill_others.append(answer["others"])
+        if depth <= racer.contender.decodes_to:
+            limits = {"num_tokens": DECODE_TOKENS, "most_seconds": DECODE_SECONDS}
+            answer = _undisturbed(racer.worker, patience, "decode", **limits)
+            one.decode.append(answer["num_tokens"] / answer["seconds"])
+            one.decode_others.append(answer["others"])
+        one.peak_bytes = racer.worker.call("peak")["bytes"]
+
+    racers = [racer for racer in racers if attempt(racer, "reading", set_depth)]
     for _ in range(repeats):
-        for one, worker, measurement in ready:
-            with advance(f"{worker.name}: depth {depth:,}"):
-                if num_tokens := measurement.prefill_tokens:
-                    answer = _undisturbed(worker, patience, "prefill", num_tokens=num_tokens)
-                    measurement.prefill.append(num_tokens / answer["seconds"])
-                    measurement.prefill_others.append(answer["others"])
-                if depth <= one.decodes_to:
-                    limits = {"num_tokens": DECODE_TOKENS, "most_seconds": DECODE_SECONDS}
-                    answer = _undisturbed(worker, patience, "decode", **limits)
-                    measurement.decode.append(answer["num_tokens"] / answer["seconds"])
-                    measurement.decode_others.append(answer["others"])
-    for _, worker, measurement in ready:
-        measurement.peak_bytes = worker.call("peak")["bytes"]
-        run.measurements.append(measurement)
-        progress.console.print(peer_report.line(measurement))
-    return [one for one, _, _ in ready]
+        racers = [racer for racer in racers if attempt(racer, "measuring", repeat)]
+    run.measurements += [found[racer.worker.name] for racer in racers]
+    return racers
 
 
 def _undisturbed(worker: Worker, patience: Patience, action: str, **arguments: Any) -> dict[str, Any]:
@@ -274,20 +288,20 @@ def _prefill_tokens(probe_seconds: float) -> int:
 
 
 @contextmanager
-def _progress(console: Console, num_steps: int) -> Iterator[tuple[Progress, Any]]:
-    """A bar with the time left on a terminal, and `advance(what)`: a step, with a bar of its own for long reads."""
+def _progress(console: Console, num_steps: int) -> Generator[Step]:
+    """A bar with the time left, on a terminal. `step(what)` is a context that gives long reads a bar of their own."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        whole = progress.add_task("all", total=num_steps)
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bars:
+        whole = bars.add_task("all", total=num_steps)
 
         @contextmanager
-        def advance(what: str) -> Iterator[Any]:
-            step = progress.add_task(what, total=None)
-            yield lambda done, total: progress.update(step, completed=done, total=total)
-            progress.remove_task(step)
-            progress.advance(whole)
+        def step(what: str) -> Generator[Progress]:
+            task = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+            bars.remove_task(task)
+            bars.advance(whole)
 
-        yield progress, advance
+        yield step
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def _answer(engine: Engine, action: str, request: dict[str, Any], progress: Prog
             engine.forget()
             np.save(request["path"], np.stack(rows), allow_pickle=False)
             return {}
-    raise AssertionError(action)
+        case _:
+            raise AssertionError(action)
 
 
 def _read_and_forget(engine: Engine, num_tokens: int) -> float:
