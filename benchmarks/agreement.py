@@ -8,8 +8,9 @@ exact: on `tiny16` in float32, every engine against transformers. Engines differ
     goes the other way (KL 5e-4 in one row of 64 is what such a row costs).
 near: on the checkpoint that is measured, in each format, against indexshare in float32, which the first question has
     compared. Rounding moves near ties of the router and of the top-k, and a random model is never confident, so the
-    limits are wide. Measured on `mid` (below, above top-k): BF16 of llama.cpp 0.001, 0.009, of transformers 0.013,
-    0.023; Q8_0 0.019, 0.040; Q4_K_M 0.14, 0.15. Two unrelated rows are at about 4.
+    limits are wide. Measured on `mid` (below, above top-k): BF16 of indexshare 0.004, 0.03, of transformers 0.013,
+    0.023, of llama.cpp 0.004, 0.005; Q8_0 0.025, 0.033; Q4_K_M 0.14, 0.15. Two unrelated rows would be at 4, the
+    variance of the logits.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -28,7 +28,7 @@ import llama_build
 import peer_report
 from agreement import Candidate, Missing
 from peer_report import Measurement, Run
-from quiet import QUIET_SHARE, Patience
+from quiet import NOISY_SHARE, Patience
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -74,17 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = options.work or llama_build.cache_directory() / "work"
     work.mkdir(parents=True, exist_ok=True)
     run = Run(model=options.model, machine=peer_report.describe_machine(options.threads))
+    interrupted = False
     try:
         contenders = _prepare(options, work, console)
         if not options.skip_agreement:
             contenders = _check(options, contenders, work, run, console)
         _measure_all(options, contenders, work, run, console)
     except KeyboardInterrupt:
+        interrupted = True
         console.print("interrupted; what was measured so far follows")
     peer_report.print_tables(run, Console())
     if options.plot and run.measurements:
         peer_report.plot(run, options.plot)
-    return 0 if run.measurements else 1
+    return 130 if interrupted else 0 if run.measurements else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -274,7 +276,7 @@ def _undisturbed(worker: Worker, patience: Patience, action: str, **arguments: A
     while True:
         patience.wait()
         answer = worker.call(action, **arguments)
-        if answer["others"] <= QUIET_SHARE or patience.seconds <= 0:
+        if answer["others"] <= NOISY_SHARE or patience.seconds <= 0:
             return answer
         patience.seconds -= answer["seconds"]
 
