@@ -7,7 +7,9 @@ expert that BF16 chooses differently changes everything after it (KL 0.9 on `mid
 engine, with it 0.02), and no comparison of engines on these weights would mean anything.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,16 +66,20 @@ RECIPES: dict[str, Callable[[], GlmConfig]] = {
 
 
 def make(name: str, directory: Path) -> Path:
-    """The checkpoint of a recipe in `directory`/name, written once."""
+    """The checkpoint of a recipe in `directory`/name, written once. Exits when one of another recipe is there."""
     target = directory / name
-    if not (target / "config.json").is_file():
-        with torch.device("meta"):
-            model = GlmForCausalLM(RECIPES[name]())
-        generator = torch.Generator().manual_seed(SEED)
-        residual_gain = (2 * model.config.num_hidden_layers) ** -0.5
-        weights = {key: _draw(key, value.shape, residual_gain, generator) for key, value in model.state_dict().items()}
-        model.load_state_dict(weights, assign=True)
-        save_model(model, target)
+    config = replace(RECIPES[name](), dtype="bfloat16")
+    if (target / "config.json").is_file():
+        if json.loads((target / "config.json").read_text(encoding="utf-8")) != config.to_json_dict():
+            raise SystemExit(f"{target} was made by another recipe: remove it and the {name}-*.gguf beside it")
+        return target
+    with torch.device("meta"):
+        model = GlmForCausalLM(config)
+    generator = torch.Generator().manual_seed(SEED)
+    residual_gain = (2 * config.num_hidden_layers) ** -0.5
+    weights = {key: _draw(key, value.shape, residual_gain, generator) for key, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    save_model(model, target)
     return target
 
 

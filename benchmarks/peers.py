@@ -100,16 +100,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         return parse
 
+    def at_least(least: int) -> Any:
+        def parse(text: str) -> int:
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+            return int(text)
+
+        return parse
+
     def depths(text: str) -> tuple[int, ...]:
-        return tuple(sorted({int(depth) for depth in text.split(",")}))
+        return tuple(sorted({at_least(0)(depth) for depth in text.split(",")}))
 
     parser.add_argument("--model", choices=("mid", "tiny"), default="mid", help="1.5 G or 14 M parameters")
     parser.add_argument("--formats", type=words(FORMATS), default=FORMATS, help="default bf16,int8,int4")
     parser.add_argument("--engines", type=words(ENGINES), default=ENGINES, help="default ours,llama.cpp,transformers")
     parser.add_argument("--depths", type=depths, default=DEPTHS, help="tokens of context, default 0,4096,...,65536")
-    parser.add_argument("--repeats", type=int, default=3, help="of each figure, interleaved; the median counts")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="of each figure, interleaved; the median counts")
     parser.add_argument("--patience", type=float, default=600, help="seconds to wait, in all, for a quiet machine")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default all processors")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=len(os.sched_getaffinity(0)), help="default all processors"
+    )
     parser.add_argument("--work", type=Path, help="where checkpoints and logs go, default in the cache directory")
     parser.add_argument("--json", type=Path, help="write every repeat, the medians, machine and versions")
     parser.add_argument("--plot", type=Path, help="write a picture, e.g. peers.png")

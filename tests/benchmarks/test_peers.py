@@ -88,12 +88,15 @@ def test_a_worker_answers_fails_with_words_and_is_stopped_between_calls(tmp_path
     assert "a library that prints" in (tmp_path / "log").read_text()
 
 
-def test_the_checkpoint_is_loaded_and_has_unit_scale(tmp_path: Path) -> None:
+def test_the_checkpoint_is_loaded_and_has_unit_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = checkpoints.make("tiny", tmp_path)
     written = (directory / "model.safetensors").stat().st_mtime_ns
     assert checkpoints.make("tiny", tmp_path) == directory
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
     model, _ = load_checkpoint(directory)
+    monkeypatch.setitem(checkpoints.RECIPES, "tiny", lambda: checkpoints.small(index_topk=128))
+    with pytest.raises(SystemExit, match="another recipe"):
+        checkpoints.make("tiny", tmp_path)
     spread = {name: float(value.float().std()) for name, value in model.state_dict().items()}
     assert spread["model.layers.2.self_attn.q_b_proj.weight"] == pytest.approx(2 * 128**-0.5, rel=0.05)
     assert spread["model.layers.2.self_attn.o_proj.weight"] == pytest.approx(128**-0.5 / 4, rel=0.05)
@@ -145,3 +148,10 @@ def test_nothing_is_measured_when_engines_disagree(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(("seconds", "num_tokens"), [(0.1, 512), (1.0, 128), (5.0, 64), (20.0, 64), (31.0, 0)])
 def test_slow_engines_are_timed_with_fewer_tokens(seconds: float, num_tokens: int) -> None:
     assert peers._prefill_tokens(seconds) == num_tokens
+
+
+@pytest.mark.parametrize("arguments", ["--depths=-1", "--repeats=0", "--formats=fp7", "--engines=ours,other"])
+def test_bad_arguments_are_named(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        peers.main([arguments])
+    assert "error: argument --" in capsys.readouterr().err
