@@ -257,7 +257,7 @@ def _measure_depth(
             engine=racer.contender.candidate.engine,
             format=racer.contender.candidate.format,
             depth=depth,
-            prefill_tokens=_prefill_tokens(answer["probe_seconds"]),
+            prefill_tokens=_prefill_tokens(depth, answer["probe_seconds"]),
             context_seconds=answer["seconds"],
         )
 
@@ -291,10 +291,13 @@ def _undisturbed(worker: Worker, patience: Patience, action: str, **arguments: A
         patience.seconds -= answer["seconds"]
 
 
-def _prefill_tokens(probe_seconds: float) -> int:
-    """How many tokens a prefill is timed with: the same for all engines that are fast enough. 0: too slow for any."""
+def _prefill_tokens(depth: int, probe_seconds: float) -> int:
+    """How many tokens a prefill is timed with: the same for all engines that are fast enough. 0: too slow for any.
+
+    Always the most at depth 0, where a short prefill reads as many weights for fewer tokens.
+    """
     for num_tokens in PREFILL_TOKENS:
-        if probe_seconds * num_tokens / PROBE_TOKENS <= PREFILL_SECONDS:
+        if depth == 0 or probe_seconds * num_tokens / PROBE_TOKENS <= PREFILL_SECONDS:
             return num_tokens
     return PREFILL_TOKENS[-1] if probe_seconds * PREFILL_TOKENS[-1] / PROBE_TOKENS <= LIMIT_SECONDS else 0
 

@@ -147,7 +147,8 @@ def test_nothing_is_measured_when_engines_disagree(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(("seconds", "num_tokens"), [(0.1, 512), (1.0, 128), (5.0, 64), (20.0, 64), (31.0, 0)])
 def test_slow_engines_are_timed_with_fewer_tokens(seconds: float, num_tokens: int) -> None:
-    assert peers._prefill_tokens(seconds) == num_tokens
+    assert peers._prefill_tokens(4096, seconds) == num_tokens
+    assert peers._prefill_tokens(0, seconds) == 512
 
 
 @pytest.mark.parametrize("arguments", ["--depths=-1", "--repeats=0", "--formats=fp7", "--engines=ours,other"])
