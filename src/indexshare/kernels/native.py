@@ -296,6 +296,18 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
     return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports, note=PACKED)
 
 
+def _rms_norm_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(x: Tensor, weight: Tensor, eps: float) -> str | None:
+        return _refusal(x, weight)
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        output = torch.empty_like(x)
+        operators.rms_norm(x, weight, eps, output)
+        return output
+
+    return registry.Twin(name=name, devices=("cpu",), function=rms_norm, supports=supports, note=FLOATS)
+
+
 def _rope_table_twin(name: str, operators: Any) -> registry.Twin:
     def supports(positions: Tensor, rope_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> str | None:
         if positions.device.type != "cpu" or dtype != torch.float32 or not positions.is_contiguous():
@@ -317,5 +329,6 @@ TWINS = {
     "linear": _linear_twin,
     "mla_sparse": _mla_sparse_twin,
     "moe_experts": _moe_experts_twin,
+    "rms_norm": _rms_norm_twin,
     "rope_table": _rope_table_twin,
 }
