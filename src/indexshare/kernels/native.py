@@ -204,7 +204,7 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
 
 
 def _run_bounded(command: list[str]) -> tuple[int, str]:
-    """Exit status and errors of a compiler, which is ended with its children when it takes too long or we are stopped."""
+    """Exit status and errors of a compiler; it is ended with its children when it takes too long or we are stopped."""
     process = subprocess.Popen(  # noqa: S603 - the compiler that this machine has or the user names
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
