@@ -4,8 +4,8 @@
 
 The context is not read: its cache rows are drawn from those of tokens that are, since time does not depend on what they
 say. Then a prompt and single tokens are timed at that depth, both variants in turn. Beside the ratios stands what
-counting predicts (FLOP for prefill, bytes for a token), and what was published for a 30-billion-parameter model on GPUs at
-200,000 tokens (IndexCache, arXiv 2603.12201): prefill 1.82, decode 1.48.
+counting predicts (FLOP for prefill, bytes for a token), and what was published for a 30-billion-parameter model on GPUs
+at 200,000 tokens (IndexCache, arXiv 2603.12201): prefill 1.82, decode 1.48.
 """
 
 import argparse
