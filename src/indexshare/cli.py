@@ -324,7 +324,7 @@ def demo(
     model: Model = "nano",
     /,
     *,
-    tokens: int = 65_536,
+    tokens: int = 131_072,
     questions: int = 5,
     seed: int = 0,
     html: Path | None = None,

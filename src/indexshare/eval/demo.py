@@ -45,7 +45,7 @@ MIN_TOKENS = 2048
 def run_demo(
     llm: LLM,
     *,
-    num_tokens: int = 65_536,
+    num_tokens: int = 131_072,
     num_questions: int = 5,
     table_tokens: int = TABLE_TOKENS,
     html: Path | None = None,

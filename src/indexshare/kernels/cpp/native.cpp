@@ -193,22 +193,24 @@ int64_t run_layers(
   const int64_t num_layers = layers.numel() / int64_t(sizeof(Layer)), one_selection = step.num_tokens * step.num_selected;
   std::vector<float> stream(hidden.numel());
   widen_rows(hidden, stream.data());
-  int64_t next = 0;
-  for (int64_t i = 0; i < num_layers; i++) {
-    const Layer& layer = data<Layer>(layers)[i];
-    if (layer.index_query.data != nullptr && !query_only) {
-      step.selection = mutable_data<int32_t>(selections) + (selections.size(0) > 1 ? next++ : 0) * one_selection;
-    } else if (step.selection == nullptr) {
-      step.selection = mutable_data<int32_t>(selections);
+  int64_t next = 0, failed = 0;
+  Team::lead([&] {
+    for (int64_t i = 0; i < num_layers && failed == 0; i++) {
+      const Layer& layer = data<Layer>(layers)[i];
+      if (layer.index_query.data != nullptr && !query_only) {
+        step.selection = mutable_data<int32_t>(selections) + (selections.size(0) > 1 ? next++ : 0) * one_selection;
+      } else if (step.selection == nullptr) {
+        step.selection = mutable_data<int32_t>(selections);
+      }
+      const int64_t* pools = data<int64_t>(caches) + 2 * i;
+      const CacheRow latents{reinterpret_cast<void*>(pools[0]), cache_is_bf16};
+      const CacheRow index_keys{reinterpret_cast<void*>(pools[1]), cache_is_bf16};
+      LayerRun run(layer, step, latents, index_keys, arena(), *mutable_data<Seconds>(seconds));
+      if (run.run(stream.data())) failed = i + 1;
     }
-    const int64_t* pools = data<int64_t>(caches) + 2 * i;
-    LayerRun run(
-        layer, step, {reinterpret_cast<void*>(pools[0]), cache_is_bf16}, {reinterpret_cast<void*>(pools[1]), cache_is_bf16}, arena(),
-        *mutable_data<Seconds>(seconds));
-    if (run.run(stream.data())) return i + 1;
-  }
-  narrow_rows(stream.data(), output);
-  return 0;
+    if (failed == 0) narrow_rows(stream.data(), output);
+  });
+  return failed;
 }
 
 }  // namespace
