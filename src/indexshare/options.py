@@ -40,6 +40,10 @@ class LoadOptions:
     """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
     quant: Literal["int8", "int4", "none"] | None = None
     """Quantise weights while they are read; none widens a quantised checkpoint. By default weights stay as stored."""
+    latent_cache: Literal["int8"] | None = None
+    """Hold cached latents in 8 bits; by default they have --dtype."""
+    index_cache: Literal["int8"] | None = None
+    """Hold cached index keys in 8 bits; by default they have --dtype."""
     strict: bool = True
     """Refuse unknown keys in config.json; --no-strict warns instead."""
     threads: int | None = None

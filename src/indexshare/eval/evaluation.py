@@ -55,7 +55,7 @@ def evaluate_model(
     longest, limit = lengths[-1], llm.config.max_position_embeddings
     if longest > limit:
         raise RequestError(f"this model has {limit:,} positions; leave out the length {longest:,}")
-    needed = required_bytes(llm.config, longest, llm.dtype, with_mtp=False)
+    needed = required_bytes(llm.config, longest, llm.dtype, with_mtp=False, formats=llm.caches)
     available = runtime.available_memory_bytes(str(llm.device))
     check_memory(needed, available, num_tokens=longest, workspace=runtime.settings().workspace_bytes)
     library = Library(llm.directory)

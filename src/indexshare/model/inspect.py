@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from indexshare.kernels.cache_formats import LATENT_GROUP, PLAIN, CacheFormats, rounded_row_bytes
 from indexshare.model.config import GlmConfig
 from indexshare.quant.policy import GROUP_SIZES, IntegerFormat, fitting_group
 
@@ -179,10 +180,16 @@ def weight_bytes(config: GlmConfig, weight_format: str) -> int:
     return biases + sum(group.num_bytes(weight_format) for group in weight_groups(config))
 
 
-def cache_bytes_per_token(config: GlmConfig, bytes_per_number: int = 2) -> tuple[int, int, int]:
+def cache_bytes_per_token(
+    config: GlmConfig, bytes_per_number: int = 2, formats: CacheFormats = PLAIN
+) -> tuple[int, int, int]:
     """Bytes cached for one token: latents of the main model, its index keys (full layers), both of the MTP layer."""
     latent = config.latent_dim * bytes_per_number
     index_key = config.index_head_dim * bytes_per_number
+    if formats.latents is not None:
+        latent = rounded_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, LATENT_GROUP)
+    if formats.index_keys is not None:
+        index_key = rounded_row_bytes(config.index_head_dim, 0, config.index_head_dim)
     num_mtp = config.num_nextn_predict_layers
     return config.num_hidden_layers * latent, len(config.full_layers) * index_key, num_mtp * (latent + index_key)
 

@@ -10,10 +10,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
-#include "threads.h"
-#include "vectors.h"
+#include "pool.h"
 
 namespace {
 
@@ -26,7 +26,7 @@ struct IndexSelect {
   bool query_is_bf16;
   const float* weights;  // [num_queries, num_heads]
   const void* keys;      // pool of rows [dim]
-  bool keys_are_bf16;
+  bool keys_are_bf16, keys_are_rounded;
   const int64_t* page_table;  // of this sequence; null: row = position + first_row
   int64_t page_size, first_row;
   int64_t num_queries, num_past;
@@ -34,6 +34,7 @@ struct IndexSelect {
   int32_t* selection;  // [num_queries, topk] with this stride, filled with -1
   int64_t selection_stride;
 
+  int lanes_per_query() const { return num_heads <= 4 ? 4 : (num_heads + kLanes - 1) / kLanes * kLanes; }
   int64_t row(int64_t position) const {
     if (page_table == nullptr) return first_row + position;
     return page_table[position / page_size] * page_size + position % page_size;
@@ -156,9 +157,9 @@ struct IndexScratch {
 
   IndexScratch(int topk, int num_lanes, int dim, int num_queries) {
     const int capacity = (std::max(2 * topk, topk + 512) + kLanes - 1) / kLanes * kLanes + kLanes;
-    packed.resize(size_t(num_lanes) * dim);
+    packed.resize(size_t(num_lanes) * (dim + 2));  // room for bytes that are padded
     weights.resize(num_lanes);
-    keys.resize(size_t(kKeysPerBlock) * dim);
+    keys.resize(size_t(kKeysPerBlock) * (dim + 4));
     scores.resize(size_t(num_queries) * capacity);
     positions.resize(scores.size());
     for (int i = 0; i < num_queries; i++) {
@@ -167,7 +168,19 @@ struct IndexScratch {
   }
 };
 
-// acc[key] += query lanes . key, for sixteen keys. query: [dim][16 lanes]; keys: rows of `stride` floats.
+// From one key to the next, in numbers; behind a rounded key are its scale and its sum.
+template <typename Number>
+constexpr int key_stride(int dim) {
+  return sizeof(Number) == 1 ? int(rounded_bytes(dim, dim)) : dim;
+}
+
+ALWAYS_INLINE GroupScale scale_of_key(const int8_t* key, int dim) {
+  GroupScale scale;
+  memcpy(&scale, key + (dim + 7) / 8 * 8, sizeof(scale));
+  return scale;
+}
+
+// acc[key] += query lanes . key, for sixteen keys. query: [dim][16 lanes]; keys: rows of `dim` floats.
 template <int kDim>
 ALWAYS_INLINE void dots(const float* query, const float* keys, int dim_at_run_time, Float16 acc[kKeysAtOnce]) {
   const int dim = kDim ? kDim : dim_at_run_time;
@@ -201,24 +214,62 @@ ALWAYS_INLINE void dots(const uint16_t* query, const uint16_t* keys, int dim_at_
 }
 #endif
 
+// The same in int8: query [dim/4][16 lanes][4], unsigned, 128 more than the number; rows of keys with their sums.
+template <int kDim>
+ALWAYS_INLINE void dots(const int8_t* query, const int8_t* keys, int dim_at_run_time, Int16 acc[kKeysAtOnce]) {
+  const int dim = kDim ? kDim : dim_at_run_time, stride = key_stride<int8_t>(dim);
+  Int16 sums[kKeysAtOnce];
+#pragma GCC unroll 16
+  for (int k = 0; k < kKeysAtOnce; k++) sums[k] = Int16{} - 128 * scale_of_key(keys + k * stride, dim).sum;
+  for (int d = 0; d < dim; d += 4) {
+    const Word16 q = *reinterpret_cast<const Word16*>(query + d * kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeysAtOnce; k++) {
+      sums[k] = step_bytes(sums[k], q, word_at(reinterpret_cast<const uint8_t*>(keys + k * stride + d)));
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kKeysAtOnce; k++) acc[k] = sums[k];
+}
+
+ALWAYS_INLINE Float16 relu_of(Float16 product) { return relu(product); }
+ALWAYS_INLINE Float16 relu_of(Int16 product) { return __builtin_convertvector(product > 0 ? product : Int16{}, Float16); }
+
+// Numbers that a lane of a packed query takes: whole steps of four bytes.
+template <typename Number>
+constexpr int lane_size(int dim) {
+  return sizeof(Number) == 1 ? (dim + 3) / 4 * 4 : dim;
+}
+
 template <typename Query, typename Number>
-void pack(const IndexSelect& a, int64_t first, int num_queries, int lanes_per_query, Number* packed, float* weights) {
-  constexpr int kPair = sizeof(Number) == 2 ? 2 : 1;
+void pack(const IndexSelect& a, int64_t first, int num_queries, Number* packed, float* weights) {
+  constexpr int kPair = 4 / sizeof(Number);
+  const int lanes_per_query = a.lanes_per_query();
   const int num_lanes = (num_queries * lanes_per_query + kLanes - 1) / kLanes * kLanes;
-  std::fill(packed, packed + size_t(num_lanes) * a.dim, Number{});
+  const int size = lane_size<Number>(a.dim);
+  std::fill(packed, packed + size_t(num_lanes) * size, Number{});
   std::fill(weights, weights + num_lanes, 0.0f);
   const float scale = 1.0f / std::sqrt(float(a.dim));
+  std::vector<float> wide(sizeof(Number) == 1 ? a.dim : 0);
+  std::vector<int8_t> rounded(sizeof(Number) == 1 ? key_stride<int8_t>(a.dim) : 0);
   for (int q = 0; q < num_queries; q++) {
     for (int h = 0; h < a.num_heads; h++) {
       const int lane = q * lanes_per_query + h;
       const Query* from = static_cast<const Query*>(a.query) + ((first + q) * a.num_heads + h) * a.dim;
-      Number* to = packed + size_t(lane / kLanes) * kLanes * a.dim;
+      Number* to = packed + size_t(lane / kLanes) * kLanes * size;
+      float rounding = 1.0f;
+      if constexpr (sizeof(Number) == 1) {
+        widen_row(from, a.dim, wide.data());
+        encode_integers(wide.data(), a.dim, a.dim, reinterpret_cast<uint8_t*>(rounded.data()));
+        rounding = scale_of_key(rounded.data(), a.dim).scale;
+      }
       for (int d = 0; d < a.dim; d++) {
         Number* place = to + (d / kPair) * kLanes * kPair + (lane % kLanes) * kPair + d % kPair;
-        if constexpr (sizeof(Number) == 2) *place = reinterpret_cast<const Number&>(from[d]);
+        if constexpr (sizeof(Number) == 1) *place = Number(rounded[d] + 128);
+        else if constexpr (sizeof(Number) == 2) *place = reinterpret_cast<const Number&>(from[d]);
         else *place = widen(from[d]);
       }
-      weights[lane] = a.weights[(first + q) * a.num_heads + h] * scale;
+      weights[lane] = a.weights[(first + q) * a.num_heads + h] * scale * rounding;
     }
   }
 }
@@ -227,25 +278,35 @@ void pack(const IndexSelect& a, int64_t first, int num_queries, int lanes_per_qu
 template <typename Key, typename Number>
 const Number* block_of_keys(const IndexSelect& a, int64_t position, int count, Number* copy) {
   const Key* pool = static_cast<const Key*>(a.keys);
-  const int64_t first = a.row(position);
+  const int64_t first = a.row(position), stride = key_stride<Key>(a.dim);
   const bool is_run = a.page_table == nullptr || position % a.page_size + count <= a.page_size;
   if constexpr (sizeof(Key) == sizeof(Number)) {
-    if (is_run && count == kKeysPerBlock) return reinterpret_cast<const Number*>(pool + first * a.dim);
+    if (is_run && count == kKeysPerBlock) return reinterpret_cast<const Number*>(pool + first * stride);
   }
   for (int k = 0; k < kKeysPerBlock; k++) {
-    const Key* from = pool + (k < count ? a.row(position + k) : first) * a.dim;  // beyond the end: any key, masked later
-    if constexpr (sizeof(Key) == sizeof(Number)) memcpy(copy + size_t(k) * a.dim, from, a.dim * sizeof(Key));
+    const Key* from = pool + (k < count ? a.row(position + k) : first) * stride;  // beyond the end: any key, masked later
+    if constexpr (sizeof(Key) == sizeof(Number)) memcpy(copy + size_t(k) * stride, from, stride * sizeof(Key));
     else for (int d = 0; d < a.dim; d++) copy[size_t(k) * a.dim + d] = widen(from[d]);
   }
   return copy;
 }
 
+// The scores of sixteen keys times the keys' scales.
+template <typename Number>
+ALWAYS_INLINE Float16 scaled(const Number* keys, int dim, Float16 scores) {
+  if constexpr (sizeof(Number) == 1) {
+    Float16 scales{};
+    for (int k = 0; k < kKeysAtOnce; k++) scales[k] = scale_of_key(keys + k * key_stride<Number>(dim), dim).scale;
+    return scores * scales;
+  }
+  return scores;
+}
+
 // Candidates of queries first .. first + num_queries - 1 among the keys begin .. end - 1. Returns whether a score was NaN.
-template <typename Query, typename Key, typename Number, int kDim>
-bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
-  const int lanes_per_query = a.num_heads <= 4 ? 4 : (a.num_heads + kLanes - 1) / kLanes * kLanes;
-  Number* packed = reinterpret_cast<Number*>(scratch.packed.data());
-  pack<Query, Number>(a, first, num_queries, lanes_per_query, packed, scratch.weights.data());
+template <typename Key, typename Number, int kDim>
+bool scan_keys(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
+  const int lanes_per_query = a.lanes_per_query();
+  const Number* packed = reinterpret_cast<const Number*>(scratch.packed.data());
   for (int q = 0; q < num_queries; q++) {
     scratch.candidates[q].count = 0;
     scratch.candidates[q].threshold = -std::numeric_limits<float>::infinity();
@@ -268,16 +329,17 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
       if (block > a.num_past + first + std::min(q + group_size, num_queries) - 1) continue;
       const int lane = q * lanes_per_query;
       for (int k = 0; k < count; k += kKeysAtOnce) {
+        const Number* first_key = keys + size_t(k) * key_stride<Number>(a.dim);
         Float16 sums[kKeysAtOnce] = {};
         for (int part = 0; part < lanes_per_query; part += kLanes) {
-          Float16 acc[kKeysAtOnce];
-          dots<kDim>(packed + size_t(lane + part) * a.dim, keys + size_t(k) * a.dim, a.dim, acc);
+          std::conditional_t<sizeof(Number) == 1, Int16, Float16> acc[kKeysAtOnce];
+          dots<kDim>(packed + size_t(lane + part) * lane_size<Number>(a.dim), first_key, a.dim, acc);
           const Float16 weights = load(&scratch.weights[lane + part]);
 #pragma GCC unroll 16
-          for (int i = 0; i < kKeysAtOnce; i++) sums[i] += relu(acc[i]) * weights;
+          for (int i = 0; i < kKeysAtOnce; i++) sums[i] += relu_of(acc[i]) * weights;
         }
         if (lanes_per_query >= kLanes) {
-          take(q, add_lanes(sums), block + k);
+          take(q, scaled(first_key, a.dim, add_lanes(sums)), block + k);
           continue;
         }
         Float16 quarters[4], of_query[4];
@@ -285,7 +347,7 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
           quarters[i] = add_quarters(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
         }
         turn_quarters(quarters, of_query);
-        for (int i = 0; i < 4 && q + i < num_queries; i++) take(q + i, of_query[i], block + k);
+        for (int i = 0; i < 4 && q + i < num_queries; i++) take(q + i, scaled(first_key, a.dim, of_query[i]), block + k);
       }
     }
   }
@@ -294,28 +356,28 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
   return found_nan != 0;
 }
 
-template <typename Query, typename Key, typename Number>
+template <typename Key, typename Number>
 bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
+  Number* packed = reinterpret_cast<Number*>(scratch.packed.data());
+  if (a.query_is_bf16) pack<uint16_t>(a, first, num_queries, packed, scratch.weights.data());
+  else if constexpr (sizeof(Number) != 2) pack<float>(a, first, num_queries, packed, scratch.weights.data());
   switch (a.dim) {
-    case 32: return scan<Query, Key, Number, 32>(a, first, num_queries, begin, end, scratch);
-    case 64: return scan<Query, Key, Number, 64>(a, first, num_queries, begin, end, scratch);
-    case 128: return scan<Query, Key, Number, 128>(a, first, num_queries, begin, end, scratch);
-    default: return scan<Query, Key, Number, 0>(a, first, num_queries, begin, end, scratch);
+    case 32: return scan_keys<Key, Number, 32>(a, first, num_queries, begin, end, scratch);
+    case 64: return scan_keys<Key, Number, 64>(a, first, num_queries, begin, end, scratch);
+    case 128: return scan_keys<Key, Number, 128>(a, first, num_queries, begin, end, scratch);
+    default: return scan_keys<Key, Number, 0>(a, first, num_queries, begin, end, scratch);
   }
 }
 
 bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
+  if (a.keys_are_rounded) return scan<int8_t, int8_t>(a, first, num_queries, begin, end, scratch);
 #if defined(__AVX512BF16__)
   if (a.query_is_bf16 && a.keys_are_bf16 && a.dim % 2 == 0) {
-    return scan<uint16_t, uint16_t, uint16_t>(a, first, num_queries, begin, end, scratch);
+    return scan<uint16_t, uint16_t>(a, first, num_queries, begin, end, scratch);
   }
 #endif
-  if (a.query_is_bf16) {
-    return a.keys_are_bf16 ? scan<uint16_t, uint16_t, float>(a, first, num_queries, begin, end, scratch)
-                           : scan<uint16_t, float, float>(a, first, num_queries, begin, end, scratch);
-  }
-  return a.keys_are_bf16 ? scan<float, uint16_t, float>(a, first, num_queries, begin, end, scratch)
-                         : scan<float, float, float>(a, first, num_queries, begin, end, scratch);
+  return a.keys_are_bf16 ? scan<uint16_t, float>(a, first, num_queries, begin, end, scratch)
+                         : scan<float, float>(a, first, num_queries, begin, end, scratch);
 }
 
 void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates) {
@@ -325,8 +387,7 @@ void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates
 }
 
 int lanes_of_tile(const IndexSelect& a) {
-  const int lanes_per_query = a.num_heads <= 4 ? 4 : (a.num_heads + kLanes - 1) / kLanes * kLanes;
-  return (kQueriesPerTile * lanes_per_query + kLanes - 1) / kLanes * kLanes;
+  return (kQueriesPerTile * a.lanes_per_query() + kLanes - 1) / kLanes * kLanes;
 }
 
 // Queries first .. last - 1, each over all the keys it sees. Returns whether a score was NaN.

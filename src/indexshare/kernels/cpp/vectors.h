@@ -102,9 +102,12 @@ void narrow_row(const float* x, int64_t count, Number* y) {
   for (; i < count; i++) narrow(x[i], y + i);
 }
 
-// The low bytes of sixteen integers.
+// The low bytes of sixteen integers, and back.
+typedef int8_t Byte16 __attribute__((vector_size(16), aligned(1), may_alias));
+ALWAYS_INLINE Float16 load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Byte16*>(p), Int16), Float16);
+}
 ALWAYS_INLINE void store(int8_t* p, Int16 v) {
-  typedef int8_t Byte16 __attribute__((vector_size(16), aligned(1), may_alias));
   *reinterpret_cast<Byte16*>(p) = __builtin_convertvector(v, Byte16);
 }
 
