@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from indexshare.kernels import native
+from indexshare.model import native
 
 # The default suite is repeatable; `make test-slow` tries more examples, drawn at random.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

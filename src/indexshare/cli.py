@@ -208,8 +208,8 @@ def kernels(*, device: str | None = None, as_json: AsJson = False) -> None:
     Args:
         device: A device of this machine such as cpu or cuda; by default all kinds that it has.
     """
-    from indexshare.kernels import native
     from indexshare.kernels.registry import describe
+    from indexshare.model import native
     from indexshare.runtime import resolve_device
     from indexshare.terminal import show, table
 

@@ -181,25 +181,29 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     command = [compiler, *FLAGS, *INSTRUCTION_SETS[isa][1], TARGET, f"-DINDEXSHARE_OPERATORS=indexshare_{isa}"]
     command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", str(SOURCES / "native.cpp")]
     command += ["-o", str(partial), f"-L{root / 'lib'}", *LIBRARIES]
-    begin = time.perf_counter()
+    begin, outcome = time.perf_counter(), "failed"
+    sys.stderr.write(f"compiling the {isa} kernels, once for this machine: ")
+    sys.stderr.flush()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)  # noqa: S603
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
             raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {done.returncode}'}")
         os.replace(partial, library)
+        outcome = f"{time.perf_counter() - begin:.0f} s, kept in {library.parent}"
     except subprocess.TimeoutExpired:
         raise KernelError(f"{compiler} took more than {BUILD_SECONDS} seconds") from None
     except OSError as error:
         raise KernelError(f"the kernels could not be built in {library.parent}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
-    seconds = time.perf_counter() - begin
-    sys.stderr.write(f"compiled the {isa} kernels in {seconds:.0f} s, kept in {library.parent}\n")
+        sys.stderr.write(f"{outcome}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- twins
 
+FLOATS = "BF16 and fp32, without gradients"
+PACKED = "packed weights, which `load` makes on a CPU"
 _FLOATS = (torch.bfloat16, torch.float32)
 
 
@@ -260,7 +264,7 @@ def _index_select_twin(name: str, operators: Any) -> registry.Twin:
                 raise KernelError(ops.NAN_SCORES)
         return selection
 
-    return registry.Twin(name=name, devices=("cpu",), function=index_select, supports=supports)
+    return registry.Twin(name=name, devices=("cpu",), function=index_select, supports=supports, note=FLOATS)
 
 
 def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
@@ -279,7 +283,7 @@ def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
         operators.mla_sparse(query, _bytes(latents), group, selection, scale, attended)
         return attended
 
-    return registry.Twin(name=name, devices=("cpu",), function=mla_sparse, supports=supports)
+    return registry.Twin(name=name, devices=("cpu",), function=mla_sparse, supports=supports, note=FLOATS)
 
 
 def _linear_twin(name: str, operators: Any) -> registry.Twin:
@@ -292,7 +296,7 @@ def _linear_twin(name: str, operators: Any) -> registry.Twin:
         operators.linear(rows, weight.descriptor, output)
         return output.view(*x.shape[:-1], -1)
 
-    return registry.Twin(name=name, devices=("cpu",), function=linear, supports=supports)
+    return registry.Twin(name=name, devices=("cpu",), function=linear, supports=supports, note=PACKED)
 
 
 def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
@@ -310,7 +314,7 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
         operators.moe_experts(hidden, experts, gates, gate_up.descriptor, down.descriptor, gate_up.shape[0], output)
         return output
 
-    return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports)
+    return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports, note=PACKED)
 
 
 def _rope_table_twin(name: str, operators: Any) -> registry.Twin:

@@ -30,13 +30,14 @@ _timing_depth = 0
 class Twin:
     """A faster implementation of an operation.
 
-    supports(*call) returns None when it can take the call, else a sentence that says why not.
+    supports(*call) returns None when it can take the call, else a sentence that says why not. note: what it is for.
     """
 
     name: str
     devices: tuple[str, ...]
     function: Callable[..., Any]
     supports: Callable[..., str | None]
+    note: str = "fastest twin for this device"
 
 
 class Operation(Generic[Arguments, Result]):
@@ -217,7 +218,7 @@ def describe(devices: tuple[str, ...]) -> list[Choice]:
             if known.chosen is not None:
                 twin, reason = known.chosen, "chosen explicitly"
             elif first is not None:
-                twin, reason = first.name, "fastest twin for this device"
+                twin, reason = first.name, first.note
             else:
                 why = _explanations.get(device, "no faster twin is built for this device")
                 twin, reason = SPECIFICATION, f"the specification; {why}"

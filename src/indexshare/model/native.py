@@ -7,6 +7,7 @@ The packed weights take the place of the plain ones, so memory stays the same. W
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def pack_model(model: GlmForCausalLM) -> str | None:
 
     Returns None, or why the model stays as it is.
     """
-    reason = native.enable() or _refusal(model)
+    reason = enable() or _refusal(model)
     if reason is not None:
         return reason
     operators = native.load(native.instruction_set())
@@ -275,6 +276,17 @@ def _run(
     return output, Selection(None if sees_all else rows[-1])
 
 
-registry.register(
-    decoder_layers.name, registry.Twin(name=native.NAME, devices=("cpu",), function=_run, supports=_supports)
-)
+@functools.cache
+def enable() -> str | None:
+    """`kernels.native.enable`, and the twin that runs all layers; once per process. Returns why not, or None."""
+    reason = native.enable()
+    if reason is None:
+        twin = registry.Twin(
+            name=native.NAME,
+            devices=("cpu",),
+            function=_run,
+            supports=_supports,
+            note=f"all layers in one call ({native.instruction_set()}); else operation by operation",
+        )
+        registry.register(decoder_layers.name, twin)
+    return reason

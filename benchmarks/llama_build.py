@@ -1,0 +1,117 @@
+"""llama.cpp from the llama-cpp-python source package: found in the cache directory, or fetched and built there.
+
+As a program (`llama_build.py LLAMA_CPP MODEL_DIRECTORY FILE.gguf f32|bf16`) it runs llama.cpp's convert_hf_to_gguf.py,
+except that no tokenizer is written: a random checkpoint has none, and engines get token ids.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path
+
+VERSION = "0.3.36"
+PACKAGE = f"llama_cpp_python-{VERSION}"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+TOOLS = ("scikit-build-core", "cmake", "ninja")  # the first one lets pip read the package's metadata
+FLAGS = (
+    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF"),
+    *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
+)
+GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
+"""Our formats and llama.cpp's of the same width."""
+
+
+def cache_directory() -> Path:
+    """INDEXSHARE_PEERS, or a directory in the user's cache."""
+    default = Path.home() / ".cache" / "indexshare" / "peers"
+    return Path(os.environ.get("INDEXSHARE_PEERS", default)).resolve()
+
+
+def source_directory() -> Path:
+    return cache_directory() / PACKAGE
+
+
+def library_directory() -> Path:
+    return cache_directory() / f"build-{VERSION}" / "bin"
+
+
+def ensure_built() -> None:
+    """Fetch, check, unpack and build what is not there yet: a few minutes, once."""
+    if (library_directory() / "llama-quantize").is_file():
+        return
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    _say(f"llama.cpp is not in {cache}: fetching and building it, once")
+    tools = cache / "tools"
+    venv.create(tools, with_pip=True)
+    _run(tools / "bin" / "pip", "install", "--quiet", *TOOLS)
+    archive = cache / f"{PACKAGE}.tar.gz"
+    if not archive.is_file():
+        options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python")
+        _run(tools / "bin" / "pip", "download", *options, "--dest", cache, f"llama-cpp-python=={VERSION}")
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"{archive} is not the file this benchmark was written for: remove it and start again")
+    if not source_directory().is_dir():
+        with tarfile.open(archive) as package:
+            package.extractall(cache, filter="data")
+    build = library_directory().parent
+    environment = os.environ | {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    source = source_directory() / "vendor" / "llama.cpp"
+    _run(tools / "bin" / "cmake", "-S", source, "-B", build, *FLAGS, environment=environment)
+    targets = ("--target", "llama", "llama-quantize")
+    _run(tools / "bin" / "cmake", "--build", build, *targets, environment=environment)
+
+
+def ensure_gguf(checkpoint: Path, gguf_type: str) -> Path:
+    """The checkpoint as a GGUF file beside it: F32 and BF16 by the converter, others quantised from BF16."""
+    target = checkpoint.parent / f"{checkpoint.name}-{gguf_type}.gguf"
+    if target.is_file():
+        return target
+    partial = target.with_suffix(".partial")
+    if gguf_type in ("F32", "BF16"):
+        source = source_directory() / "vendor" / "llama.cpp"
+        _run(sys.executable, __file__, source, checkpoint, partial, gguf_type.lower())
+    else:
+        _run(library_directory() / "llama-quantize", ensure_gguf(checkpoint, "BF16"), partial, gguf_type)
+    partial.rename(target)
+    return target
+
+
+def describe() -> dict[str, str]:
+    """What was built, and by which compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or "unknown"
+    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return {
+        "llama.cpp": f"vendored in llama-cpp-python {VERSION}, {' '.join(FLAGS[2:5])}",
+        "compiler": answer.partition("\n")[0],
+    }
+
+
+def _run(*command: str | Path, environment: dict[str, str] | None = None) -> None:
+    """Run quietly; say what went wrong."""
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _convert(source: str, checkpoint: str, target: str, output_type: str) -> None:
+    sys.path.insert(0, source)
+    import convert_hf_to_gguf
+    from conversion.glm import GlmMoeDsaModel
+
+    GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
+    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", target, "--outtype", output_type]
+    convert_hf_to_gguf.main()
+
+
+if __name__ == "__main__":
+    _convert(*sys.argv[1:5])
