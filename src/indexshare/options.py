@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from indexshare.errors import IndexShareError
+from indexshare.kernels.cache_formats import CacheFormats
 
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
@@ -29,7 +30,22 @@ class CheckFailedError(IndexShareError):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class CacheOptions:
+    """How caches hold their rows."""
+
+    latent_cache: Literal["int8"] | None = None
+    """Hold cached latents in 8 bits; by default they have the precision of the model."""
+    index_cache: Literal["int8"] | None = None
+    """Hold cached index keys in 8 bits; by default they have the precision of the model."""
+
+    def formats(self) -> CacheFormats:
+        """The options as a value."""
+        return CacheFormats(latents=self.latent_cache, index_keys=self.index_cache)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(CacheOptions):
     """How to load a model."""
 
     device: str = "auto"
@@ -40,10 +56,6 @@ class LoadOptions:
     """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
     quant: Literal["int8", "int4", "none"] | None = None
     """Quantise weights while they are read; none widens a quantised checkpoint. By default weights stay as stored."""
-    latent_cache: Literal["int8"] | None = None
-    """Hold cached latents in 8 bits; by default they have --dtype."""
-    index_cache: Literal["int8"] | None = None
-    """Hold cached index keys in 8 bits; by default they have --dtype."""
     strict: bool = True
     """Refuse unknown keys in config.json; --no-strict warns instead."""
     threads: int | None = None
@@ -151,5 +163,6 @@ class SamplingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+DEFAULT_CACHE = CacheOptions()
 DEFAULT_LOAD = LoadOptions()
 DEFAULT_SAMPLING = SamplingOptions()

@@ -98,7 +98,7 @@ class TokenWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Everything `indexshare inspect` prints."""
+    """Everything `indexshare inspect` prints. int8_cache_bytes_per_token: latents, index keys and the MTP layer's."""
 
     model: str
     num_layers: int
@@ -112,6 +112,7 @@ class Inspection:
     latent_cache_bytes_per_token: int
     index_cache_bytes_per_token: int
     mtp_cache_bytes_per_token: int
+    int8_cache_bytes_per_token: tuple[int, int, int]
     work: tuple[TokenWork, ...]
 
 
@@ -242,6 +243,9 @@ def inspect_model(config: GlmConfig, name: str, contexts: Sequence[int] = CONTEX
         latent_cache_bytes_per_token=latent,
         index_cache_bytes_per_token=index,
         mtp_cache_bytes_per_token=mtp,
+        int8_cache_bytes_per_token=cache_bytes_per_token(
+            config, formats=CacheFormats(latents="int8", index_keys="int8")
+        ),
         work=tuple(token_work(config, n) for n in contexts if n <= config.max_position_embeddings),
     )
 
@@ -277,6 +281,7 @@ def render(inspection: Inspection) -> RenderableType:
         f"cache per token in BF16: {inspection.latent_cache_bytes_per_token:,} bytes of latents + "
         f"{inspection.index_cache_bytes_per_token:,} bytes of index keys "
         f"(the MTP layer adds {inspection.mtp_cache_bytes_per_token:,})",
+        "with int8 caches: {:,} + {:,} (the MTP layer adds {:,})".format(*inspection.int8_cache_bytes_per_token),
     ]
     return Group(parts, *lines, work)
 
