@@ -75,12 +75,16 @@ def make(name: str, directory: Path) -> Path:
         return target
     with torch.device("meta"):
         model = GlmForCausalLM(config)
-    generator = torch.Generator().manual_seed(SEED)
-    residual_gain = (2 * config.num_hidden_layers) ** -0.5
-    weights = {key: _draw(key, value.shape, residual_gain, generator) for key, value in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(draw_weights(model), assign=True)
     save_model(model, target)
     return target
+
+
+def draw_weights(model: GlmForCausalLM) -> dict[str, Tensor]:
+    """Seeded random weights for a model that may lie on `meta`, by name."""
+    generator = torch.Generator().manual_seed(SEED)
+    residual_gain = (2 * model.config.num_hidden_layers) ** -0.5
+    return {key: _draw(key, value.shape, residual_gain, generator) for key, value in model.state_dict().items()}
 
 
 def _draw(name: str, shape: torch.Size, residual_gain: float, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,16 @@ def test_a_failed_build_is_told_in_one_line(tmp_path: Path) -> None:
     done = run(tmp_path, CXX=str(broken))
     assert done.stdout.splitlines()[0] == f"{broken} failed: native.cpp:1: error: no"
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "BUILD_SECONDS", 0.5)
+    pid_file = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        native._run_bounded(["sh", "-c", f"sleep 60 & echo $! > {pid_file}; wait"])
+    time.sleep(0.1)
+    status = Path(f"/proc/{pid_file.read_text().strip()}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
 
 
 def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:

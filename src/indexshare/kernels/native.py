@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from indexshare import runtime
@@ -36,8 +37,8 @@ from indexshare.kernels.pool import Pool, QuantizedPool
 
 NAME = "c++"
 SOURCES = Path(__file__).parent / "cpp"
-BUILD_SECONDS = 120
-LOCK_SECONDS = 180
+BUILD_SECONDS = 300  # 15 on a quiet machine
+LOCK_SECONDS = 330
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 # The stable ABI of torch 2.10: a library built today runs with later versions.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -127,9 +128,12 @@ def build(isa: str) -> Path:
     library = directory / f"kernels-{isa}-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    with FileLock(directory / f"{library.stem}.lock", timeout=LOCK_SECONDS):
-        if not library.exists():
-            _compile(compiler, isa, library)
+    try:
+        with FileLock(directory / f"{library.stem}.lock", timeout=LOCK_SECONDS):
+            if not library.exists():
+                _compile(compiler, isa, library)
+    except Timeout:
+        raise KernelError(f"another process has been compiling in {directory} for {LOCK_SECONDS} seconds") from None
     return library
 
 
@@ -144,7 +148,7 @@ def _compiler() -> str:
 def _version(compiler: str) -> str:
     try:
         command = [compiler, "--version"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603 - the compiler
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelError(f"{compiler} --version failed: {error}") from None
 
@@ -185,10 +189,10 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     sys.stderr.write(f"compiling the {isa} kernels, once for this machine: ")
     sys.stderr.flush()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)  # noqa: S603
-        if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
-            raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {done.returncode}'}")
+        status, said = _run_bounded(command)
+        if status != 0:
+            errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()[-1:]
+            raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {status}'}")
         os.replace(partial, library)
         outcome = f"{time.perf_counter() - begin:.0f} s, kept in {library.parent}"
     except subprocess.TimeoutExpired:
@@ -198,6 +202,20 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
     finally:
         partial.unlink(missing_ok=True)
         sys.stderr.write(f"{outcome}\n")
+
+
+def _run_bounded(command: list[str]) -> tuple[int, str]:
+    """Exit status and errors of a compiler; it is ended with its children when it takes too long or we are stopped."""
+    process = subprocess.Popen(  # noqa: S603 - the compiler that this machine has or the user names
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate(timeout=BUILD_SECONDS)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, said
 
 
 # ---------------------------------------------------------------------------------------------------------------- twins
@@ -317,6 +335,18 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
     return registry.Twin(name=name, devices=("cpu",), function=moe_experts, supports=supports, note=PACKED)
 
 
+def _rms_norm_twin(name: str, operators: Any) -> registry.Twin:
+    def supports(x: Tensor, weight: Tensor, eps: float) -> str | None:
+        return _refusal(x, weight)
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        output = torch.empty_like(x)
+        operators.rms_norm(x, weight, eps, output)
+        return output
+
+    return registry.Twin(name=name, devices=("cpu",), function=rms_norm, supports=supports, note=FLOATS)
+
+
 def _rope_table_twin(name: str, operators: Any) -> registry.Twin:
     def supports(positions: Tensor, rope_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> str | None:
         if positions.device.type != "cpu" or dtype != torch.float32 or not positions.is_contiguous():
@@ -338,5 +368,6 @@ TWINS = {
     "linear": _linear_twin,
     "mla_sparse": _mla_sparse_twin,
     "moe_experts": _moe_experts_twin,
+    "rms_norm": _rms_norm_twin,
     "rope_table": _rope_table_twin,
 }

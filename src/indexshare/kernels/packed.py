@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from indexshare import runtime
 from indexshare.errors import KernelError
 from indexshare.kernels.formats import FP8_BLOCK, Format, QuantizedWeight
 
@@ -110,7 +111,7 @@ def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
         raise KernelError(f"a weight of {weight.dtype} cannot be packed; the C++ kernels read bfloat16 and float32")
     size = operators.packed_bytes(as_tensor(matrix))
     stack = rows.reshape(-1, *rows.shape[-2:])
-    data = torch.empty(len(stack) * size, dtype=torch.uint8)
+    data = runtime.empty_bytes(len(stack) * size)
     for number, one in enumerate(stack):
         operators.pack(one.contiguous(), as_tensor(matrix), data[number * size : (number + 1) * size])
     matrix.data = data.data_ptr()

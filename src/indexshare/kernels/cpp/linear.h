@@ -321,7 +321,7 @@ ALWAYS_INLINE void multiply(const uint8_t* const* x, const Matrix& m, int64_t bl
 
 // What fits into the registers: rows and blocks of a tile for many rows, blocks for one.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileBlocks = 4, kRowBlocks = 8;
+constexpr int kTileRows = 6, kTileBlocks = 4, kRowBlocks = 4;
 #else
 constexpr int kTileRows = 2, kTileBlocks = 2, kRowBlocks = 4;
 #endif
@@ -418,8 +418,9 @@ void run_jobs(const std::vector<Job>& jobs) {
   int64_t num_tasks = 0;
   for (const Job& job : jobs) {
     const int64_t blocks = job.matrix->num_blocks();
-    int64_t size = std::max<int64_t>(8, kBytesPerTask / block_bytes(*job.matrix) / 8 * 8);
-    if (job.num_rows > 1) size = std::min<int64_t>(size, 16);
+    // One row waits for memory: small tasks, so that the threads end together.
+    const int64_t bytes = job.num_rows == 1 ? kBytesPerTask / 2 : kBytesPerTask;
+    const int64_t size = std::clamp<int64_t>(bytes / block_bytes(*job.matrix) / kRowBlocks * kRowBlocks, kRowBlocks, 16);
     const int64_t tiles = (job.num_rows + kRowsPerTask - 1) / kRowsPerTask;
     parts.push_back({num_tasks, size, tiles});
     num_tasks += (blocks + size - 1) / size * tiles;

@@ -121,6 +121,19 @@ bool index_select(
   return index_select_all(a);
 }
 
+// x [T, D] -> weight * x / rms(x), all BF16 or fp32.
+void rms_norm_rows(const Tensor& x, const Tensor& weight, double eps, const Tensor& output) {
+  const int64_t width = weight.numel(), num_rows = x.numel() / width;
+  arena().reset();
+  float *wide = arena().floats(x.numel()), *scales = arena().floats(width);
+  widen_rows(weight, scales);
+  widen_rows(x, wide);
+  for_each_run(num_rows, 64, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) rms_norm(wide + t * width, scales, width, eps, wide + t * width);
+  });
+  narrow_rows(wide, output);
+}
+
 // group: 0, or numbers that share a scale in rounded rows.
 void mla_sparse(
     const Tensor& query, const Tensor& latents, int64_t group, const Tensor& selection, double scale, const Tensor& output) {
@@ -222,6 +235,7 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
       "index_select(Tensor query, Tensor weights, Tensor keys, Tensor page_table, int page_size, int first_row, "
       "int context, Tensor(a!) selection) -> bool");
   m.def("mla_sparse(Tensor query, Tensor latents, int group, Tensor selection, float scale, Tensor(a!) output) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) output) -> ()");
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
       "run_layers(Tensor geometry, Tensor layers, Tensor hidden, Tensor(a!) output, Tensor lengths, Tensor page_table, "
@@ -235,6 +249,7 @@ IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts));
   m.impl("index_select", TORCH_BOX(&index_select));
   m.impl("mla_sparse", TORCH_BOX(&mla_sparse));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_rows));
   m.impl("rope_table", TORCH_BOX(&rope_table));
   m.impl("run_layers", TORCH_BOX(&run_layers));
 }
