@@ -15,9 +15,11 @@ from cyclopts import App, CycloptsError, Parameter
 from indexshare import __version__
 from indexshare.errors import IndexShareError, RequestError
 from indexshare.options import (
+    DEFAULT_CACHE,
     DEFAULT_LOAD,
     DEFAULT_SAMPLING,
     AsJson,
+    CacheOptions,
     CheckFailedError,
     Dtype,
     LoadOptions,
@@ -182,6 +184,7 @@ def plan(
     index_pattern: str | None = None,
     strict: bool = True,
     as_json: AsJson = False,
+    cache: CacheOptions = DEFAULT_CACHE,
 ) -> None:
     """Does a model fit on this machine, in which format, and what will be slow; nothing is loaded.
 
@@ -197,7 +200,8 @@ def plan(
 
     config = resolve_config(model, index_pattern=index_pattern, strict=strict)
     directory, on_disk = storage_of(model)
-    result = make_plan(config, model, context, this_machine(device, directory), on_disk=on_disk)
+    machine = this_machine(device, directory)
+    result = make_plan(config, model, context, machine, on_disk=on_disk, caches=cache.formats())
     show(result, render(result), as_json)
 
 

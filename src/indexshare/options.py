@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from indexshare.errors import IndexShareError
+from indexshare.kernels.cache_formats import CacheFormats
 
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
@@ -29,7 +30,22 @@ class CheckFailedError(IndexShareError):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class CacheOptions:
+    """How caches hold their rows."""
+
+    latent_cache: Literal["int8"] | None = None
+    """Hold cached latents in 8 bits; by default they have the precision of the model."""
+    index_cache: Literal["int8"] | None = None
+    """Hold cached index keys in 8 bits; by default they have the precision of the model."""
+
+    def formats(self) -> CacheFormats:
+        """The options as a value."""
+        return CacheFormats(latents=self.latent_cache, index_keys=self.index_cache)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(CacheOptions):
     """How to load a model."""
 
     device: str = "auto"
@@ -147,5 +163,6 @@ class SamplingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+DEFAULT_CACHE = CacheOptions()
 DEFAULT_LOAD = LoadOptions()
 DEFAULT_SAMPLING = SamplingOptions()

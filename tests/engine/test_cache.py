@@ -18,6 +18,7 @@ from indexshare.engine.cache import (
 )
 from indexshare.errors import MemoryLimitError
 from indexshare.kernels import ops
+from indexshare.kernels.cache_formats import CacheFormats
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model import recipes
 
@@ -28,15 +29,27 @@ def test_bytes_per_token_of_the_released_model() -> None:
     assert bytes_per_token(config, torch.bfloat16) == 89_856 + 1_152 + 5_376 + 256
 
 
+def test_bytes_per_token_with_int8_caches() -> None:
+    config, formats = recipes.glm_5_2(), CacheFormats(latents="int8", index_keys="int8")
+    row, key = 512 + 4 * 8 + 2 * 64, 128 + 8
+    assert bytes_per_token(config, torch.bfloat16, with_mtp=False, formats=formats) == 78 * row + 21 * key
+    assert bytes_per_token(config, torch.float32, formats=formats) == 79 * row + 22 * key
+    keys_alone = CacheFormats(index_keys="int8")
+    assert bytes_per_token(config, torch.bfloat16, with_mtp=False, formats=keys_alone) == 89_856 + 21 * key
+
+
 def test_an_indexer_in_every_layer_costs_more() -> None:
     config = recipes.tiny()
     every_layer = bytes_per_token(recipes.tiny(index_topk_pattern="FFFFFF"), torch.float32)
     assert every_layer - bytes_per_token(config, torch.float32) == 3 * 4 * config.index_head_dim
 
 
+@pytest.mark.parametrize(
+    "formats", [CacheFormats(), CacheFormats(index_keys="int8"), CacheFormats(latents="int8")], ids=str
+)
 @pytest.mark.parametrize("with_mtp", [False, True])
 @pytest.mark.parametrize("page_size", [4, 64])
-def test_pools_hold_what_was_computed(page_size: int, with_mtp: bool) -> None:
+def test_pools_hold_what_was_computed(page_size: int, with_mtp: bool, formats: CacheFormats) -> None:
     config = recipes.tiny()
     cache = PagedCache(
         config,
@@ -44,10 +57,11 @@ def test_pools_hold_what_was_computed(page_size: int, with_mtp: bool) -> None:
         page_size=page_size,
         dtype=torch.float32,
         with_mtp=with_mtp,
+        formats=formats,
     )
     view = cache.view()
     pools = [*view.latents, *(keys for keys in view.index_keys if keys is not None)]
-    needed = required_bytes(config, 100, torch.float32, page_size=page_size, with_mtp=with_mtp)
+    needed = required_bytes(config, 100, torch.float32, page_size=page_size, with_mtp=with_mtp, formats=formats)
     assert sum(pool.nbytes for pool in pools) == cache.num_bytes == needed
     assert [keys is not None for keys in view.index_keys] == [config.is_full(i) for i in range(len(view.latents))]
     assert len(view.latents) == (7 if with_mtp else 6)

@@ -308,6 +308,17 @@ def test_bfloat16_is_close_to_float32(tiny_llm: LLM, tiny_directory: Path) -> No
     assert small.generate(PROMPT, max_new_tokens=5).usage.num_completion_tokens > 0
 
 
+def test_int8_caches_are_close(tiny_llm: LLM, tiny_directory: Path) -> None:
+    llm = load(tiny_directory, device="cpu", dtype="float32", threads=1, latent_cache="int8", index_cache="int8")
+    token_ids = tiny_llm.tokenizer.encode(PROMPT * 2)
+    expected, found = tiny_llm.logprobs(token_ids), llm.logprobs(token_ids)
+    assert 0 < (found - expected).abs().mean() < 0.1
+    assert (llm.logprobs(token_ids, attention="dense") - found).abs().max() > 1e-6
+    assert llm.generate(PROMPT, max_new_tokens=5).usage.num_completion_tokens > 0
+    with pytest.raises(ConfigError, match=r"the cache of latents can hold .* not 'int4'"):
+        load(tiny_directory, device="cpu", latent_cache="int4")
+
+
 def copy_of(directory: Path, target: Path) -> Path:
     return Path(shutil.copytree(directory, target / "copy"))
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from indexshare import runtime
 from indexshare.errors import ConfigError
+from indexshare.kernels.cache_formats import CacheFormats
 from indexshare.model.inspect import weight_bytes
 from indexshare.model.plan import Machine, make_plan, render, this_machine
 from indexshare.model.recipes import glm_5_2, mid, nano
@@ -24,6 +25,12 @@ def test_a_small_model_fits() -> None:
     assert brain.cache_bytes == 131_072 * (8 * 112 * 2 + 4 * 32 * 2 + 112 * 2 + 32 * 2)
     assert brain.needed_bytes > brain.weight_bytes + brain.cache_bytes + plan.workspace_bytes
     assert brain.fits_memory and brain.fits_disk
+
+
+def test_int8_caches_are_smaller() -> None:
+    formats = CacheFormats(latents="int8", index_keys="int8")
+    rows = make_plan(nano(), "nano", 131_072, MACHINE, caches=formats).formats
+    assert {row.cache_bytes for row in rows} == {131_072 * (9 * (96 + 8 + 2 * 16) + 5 * (32 + 8))}
 
 
 def test_glm_5_2_does_not_fit_and_says_by_how_much() -> None:

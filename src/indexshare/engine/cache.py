@@ -7,9 +7,10 @@ layers. A shared layer has no index keys: that is the memory IndexShare saves.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from indexshare.errors import MemoryLimitError
+from indexshare.kernels.cache_formats import LATENT_GROUP, PLAIN, CacheFormats
+from indexshare.kernels.pool import Pool, QuantizedPool
 from indexshare.model.batch import CacheView
 from indexshare.model.config import GlmConfig
 from indexshare.model.inspect import cache_bytes_per_token
@@ -17,9 +18,11 @@ from indexshare.model.inspect import cache_bytes_per_token
 DEFAULT_PAGE_SIZE = 64
 
 
-def bytes_per_token(config: GlmConfig, dtype: torch.dtype, *, with_mtp: bool = True) -> int:
+def bytes_per_token(
+    config: GlmConfig, dtype: torch.dtype, *, with_mtp: bool = True, formats: CacheFormats = PLAIN
+) -> int:
     """Bytes of cache for one token; GLM-5.2 in BF16 without MTP: 89,856 of latents and 5,376 of index keys."""
-    latents, index_keys, mtp = cache_bytes_per_token(config, dtype.itemsize)
+    latents, index_keys, mtp = cache_bytes_per_token(config, dtype.itemsize, formats)
     return latents + index_keys + (mtp if with_mtp else 0)
 
 
@@ -35,10 +38,11 @@ def required_bytes(
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
     with_mtp: bool = True,
+    formats: CacheFormats = PLAIN,
 ) -> int:
     """Bytes of cache for a request of `num_tokens` tokens in all, whole pages."""
     num_rows = num_pages_for(num_tokens, page_size) * page_size
-    return num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp)
+    return num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp, formats=formats)
 
 
 def expanded_bytes(config: GlmConfig, num_tokens: int, dtype: torch.dtype) -> int:
@@ -73,8 +77,8 @@ class PagedCache:
     """The pools of all layers and the list of free pages.
 
     latents[layer]: [num_pages * page_size, latent_dim]; index_keys[layer]: [num_pages * page_size, index_head_dim], or
-    None for a shared layer. With `with_mtp` the MTP layer is the last one. Rows are uninitialised until written; on a
-    CPU the operating system gives them memory only then.
+    None for a shared layer; in `dtype`, or rounded as `formats` says. With `with_mtp` the MTP layer is the last one.
+    Rows are uninitialised until written; on a CPU the operating system gives them memory only then.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         with_mtp: bool = True,
+        formats: CacheFormats = PLAIN,
     ) -> None:
         assert num_pages > 0, "a cache has pages"
         assert page_size > 0, "a page has rows"
@@ -94,15 +99,22 @@ class PagedCache:
         self.device = torch.device(device)
         num_rows = num_pages * page_size
 
-        def pool(width: int) -> Tensor:
-            return torch.empty(num_rows, width, dtype=dtype, device=device)
+        def latents() -> Pool:
+            if formats.latents is None:
+                return torch.empty(num_rows, config.latent_dim, dtype=dtype, device=device)
+            return QuantizedPool.empty(num_rows, config.kv_lora_rank, config.qk_rope_head_dim, LATENT_GROUP, device)
+
+        def index_keys() -> Pool:
+            if formats.index_keys is None:
+                return torch.empty(num_rows, config.index_head_dim, dtype=dtype, device=device)
+            return QuantizedPool.empty(num_rows, config.index_head_dim, 0, config.index_head_dim, device)
 
         layers = range(config.num_layers_with_mtp if with_mtp else config.num_hidden_layers)
         self._view = CacheView(
-            latents=tuple(pool(config.latent_dim) for _ in layers),
-            index_keys=tuple(pool(config.index_head_dim) if config.is_full(layer) else None for layer in layers),
+            latents=tuple(latents() for _ in layers),
+            index_keys=tuple(index_keys() if config.is_full(layer) else None for layer in layers),
         )
-        self.num_bytes = num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp)
+        self.num_bytes = num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp, formats=formats)
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the lowest page is handed out first
         self._live: set[int] = set()
 

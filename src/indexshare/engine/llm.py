@@ -32,6 +32,7 @@ from indexshare.engine.sampler import SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
 from indexshare.errors import CheckpointError, RequestError
+from indexshare.kernels.cache_formats import PLAIN, CacheFormat, CacheFormats
 from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
@@ -65,6 +66,8 @@ def load(
     index_pattern: str | None = None,
     latent_norm_eps: float | None = None,
     quant: Quant | None = None,
+    latent_cache: CacheFormat | None = None,
+    index_cache: CacheFormat | None = None,
     threads: int | None = None,
     strict: bool = True,
 ) -> "LLM":
@@ -75,11 +78,13 @@ def load(
     latent_norm_eps: 1e-6 matches transformers; the default is what the model was trained with.
     quant: "int8" or "int4" quantises the weights while they are read; "none" widens a quantised checkpoint to dtype. By
     default weights stay as they are stored: FP8, int8 and int4 checkpoints run from their own bytes.
+    latent_cache, index_cache: "int8" holds cached latents or index keys in 8 bits; by default they have `dtype`.
     threads: CPU threads, default all that may be used.
     strict=False turns unknown config keys and tensors into warnings.
     Warns of tensors that are not used and of a missing MTP layer (`LLM.load_report` has the names).
     Raises ConfigError, CheckpointError or MemoryLimitError, before or while reading; nothing stays half loaded.
     """
+    caches = CacheFormats(latents=latent_cache, index_keys=index_cache)
     runtime.set_threads(threads)
     torch_device = runtime.resolve_device(device)
     torch_dtype = runtime.resolve_dtype(dtype)
@@ -107,6 +112,7 @@ def load(
         generation=generation,
         directory=directory,
         load_report=report,
+        caches=caches,
     )
 
 
@@ -133,6 +139,7 @@ class LLM:
         generation: GenerationConfig | None = None,
         directory: Path | None = None,
         load_report: LoadReport | None = None,
+        caches: CacheFormats = PLAIN,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -145,6 +152,7 @@ class LLM:
         self._directory = directory
         self._generation = generation or GenerationConfig()
         self.load_report = load_report
+        self.caches = caches
         weight = model.model.embed_tokens.weight  # never quantised
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -185,7 +193,9 @@ class LLM:
         check_integer("page_size", page_size, 1, 65_536)
         check_integer("num_draft_tokens", num_draft_tokens, 0, MAX_DRAFT_TOKENS)
         with_mtp = num_draft_tokens > 0
-        needed = required_bytes(config, max_tokens, self.dtype, page_size=page_size, with_mtp=with_mtp)
+        needed = required_bytes(
+            config, max_tokens, self.dtype, page_size=page_size, with_mtp=with_mtp, formats=self.caches
+        )
         check_memory(
             needed,
             runtime.available_memory_bytes(str(self.device)),
@@ -200,6 +210,7 @@ class LLM:
             dtype=self.dtype,
             device=self.device,
             with_mtp=with_mtp,
+            formats=self.caches,
         )
         if with_mtp:
             return SpeculativeSession(self.model, cache, attention=attention, num_draft_tokens=num_draft_tokens)

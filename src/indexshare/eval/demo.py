@@ -109,7 +109,7 @@ def _longest(llm: LLM, num_tokens: int, num_questions: int, html: Path | None, p
     if pictures is not None and pictures.exists() and not pictures.is_dir():
         raise RequestError(f"cannot write into {pictures}: it is not a directory")
     longest = min(num_tokens + DOCUMENT_SLACK, limit - TALK_TOKENS)
-    needed = required_bytes(llm.config, longest + TALK_TOKENS, llm.dtype, with_mtp=False)
+    needed = required_bytes(llm.config, longest + TALK_TOKENS, llm.dtype, with_mtp=False, formats=llm.caches)
     available = runtime.available_memory_bytes(str(llm.device))
     check_memory(needed, available, num_tokens=num_tokens, workspace=runtime.settings().workspace_bytes)
     return longest

@@ -352,7 +352,7 @@ def _walk(model: GlmForCausalLM, length: int) -> None:
     num_pages = num_pages_for(length, PAGE_SIZE)
     cache = PagedCache(model.config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=dtype, device=device)
     for pool in (*cache.view().latents, *cache.view().index_keys):
-        if pool is not None:
+        if isinstance(pool, Tensor):
             pool.zero_()  # rows that nobody has written are compared too
     pages = torch.randperm(num_pages, generator=generator)[None].to(device)
     for begin, end in ((0, length - 1), (length - 1, length)):

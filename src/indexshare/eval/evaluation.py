@@ -13,11 +13,13 @@ from indexshare import runtime
 from indexshare.engine.cache import check_memory, required_bytes
 from indexshare.engine.llm import LLM
 from indexshare.errors import RequestError
+from indexshare.eval.cache_quality import CacheQuality, lines, measure_caches
 from indexshare.eval.documents import Library
 from indexshare.eval.language import LanguageResult, measure_language
 from indexshare.eval.machine import MachineReport, describe_machine
 from indexshare.eval.progress import bar
 from indexshare.eval.retrieval import Attention, LengthResult, evaluate_length
+from indexshare.kernels.cache_formats import PLAIN
 
 DENSE_UP_TO = 16_384  # tokens; dense attention costs too much beyond
 COLUMNS = ("tokens", "attention", "right", "share", "95 % interval", "needle selected", "by layer")
@@ -29,7 +31,10 @@ NOTE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """sparse: retrieval as the model was trained, by ascending length; dense: the same questions with every key."""
+    """sparse: retrieval as the model was trained, by ascending length; dense: the same questions with every key.
+
+    caches: what rounding them changed; None for caches of the model's type.
+    """
 
     model: str
     seed: int
@@ -37,6 +42,7 @@ class Evaluation:
     sparse: tuple[LengthResult, ...]
     dense: tuple[LengthResult, ...]
     language: LanguageResult
+    caches: CacheQuality | None = None
 
 
 def evaluate_model(
@@ -55,7 +61,7 @@ def evaluate_model(
     longest, limit = lengths[-1], llm.config.max_position_embeddings
     if longest > limit:
         raise RequestError(f"this model has {limit:,} positions; leave out the length {longest:,}")
-    needed = required_bytes(llm.config, longest, llm.dtype, with_mtp=False)
+    needed = required_bytes(llm.config, longest, llm.dtype, with_mtp=False, formats=llm.caches)
     available = runtime.available_memory_bytes(str(llm.device))
     check_memory(needed, available, num_tokens=longest, workspace=runtime.settings().workspace_bytes)
     library = Library(llm.directory)
@@ -83,6 +89,7 @@ def evaluate_model(
         sparse=sparse,
         dense=dense,
         language=language,
+        caches=measure_caches(llm, library, lengths, seed=seed) if llm.caches != PLAIN else None,
     )
 
 
@@ -107,4 +114,5 @@ def render(evaluation: Evaluation) -> RenderableType:
         f"bits per byte of {language.num_files} held-out modules ({language.num_bytes:,} bytes): "
         f"{language.bits_per_byte:.3f}; xz -9e needs {language.xz_bits_per_byte:.3f}"
     )
-    return Group(picture, Text(line), Text(NOTE, style="dim"))
+    caches = lines(evaluation.caches) if evaluation.caches is not None else []
+    return Group(picture, Text(line), *map(Text, caches), Text(NOTE, style="dim"))

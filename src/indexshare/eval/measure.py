@@ -92,7 +92,8 @@ def indexer_in_every_layer(llm: LLM) -> LLM:
     assign_weights(model, weights)
     if llm.model.stack.packed is not None:
         pack_model(model)
-    return LLM(model, tokenizer=llm.tokenizer, template=ChatTemplate.from_directory(llm.directory))
+    template = ChatTemplate.from_directory(llm.directory)
+    return LLM(model, tokenizer=llm.tokenizer, template=template, caches=llm.caches)
 
 
 def variants(llm: LLM) -> tuple[Variant, Variant, Variant]:
@@ -143,7 +144,7 @@ def measure(
         prefill_tokens_per_second=num_tokens / read_seconds,
         decode_tokens_per_second=DECODE_TOKENS / decode_seconds,
         peak_bytes=runtime.peak_memory_bytes(device) if can_reset else None,
-        cache_bytes=required_bytes(llm.config, num_tokens, llm.dtype, with_mtp=False),
+        cache_bytes=required_bytes(llm.config, num_tokens, llm.dtype, with_mtp=False, formats=llm.caches),
         indexer_share=seconds.get("index_select", 0.0) / read_seconds if llm.device.type == "cpu" else None,
         curve=tuple(curve),
         answers=answers,

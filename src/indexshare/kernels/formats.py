@@ -152,12 +152,20 @@ def quantize_activations(x: Tensor, group_size: int) -> Tensor:
     Scale and level are float32 for float64 inputs as well: they are part of what is computed, and the reference of the
     doctor must round alike. NaN and infinity make the group NaN.
     """
-    num_inputs = x.shape[-1]
-    groups = F.pad(x.to(torch.float32), (0, -num_inputs % group_size)).unflatten(-1, (-1, group_size))
-    scale = groups.abs().amax(-1, keepdim=True) / LEVELS
-    level = torch.where(scale == 0, 0.0, groups / scale).round().clamp(-LEVELS, LEVELS)
+    levels, scales = round_groups(x, group_size)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (level.to(wide) * scale.to(wide)).flatten(-2)[..., :num_inputs]
+    return (levels.to(wide) * scales.to(wide)).flatten(-2)[..., : x.shape[-1]]
+
+
+def round_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The levels [.., groups, group_size] and scales [.., groups, 1] of `quantize_activations`, float32.
+
+    The last group is padded with zeros. Where a scale is NaN or 0, levels are 0.
+    """
+    groups = F.pad(x.to(torch.float32), (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1, keepdim=True) / LEVELS
+    scale = scale.masked_fill(scale.isinf(), float("nan"))
+    return torch.where(scale > 0, groups / scale, 0.0).round().clamp(-LEVELS, LEVELS), scale
 
 
 def multiply(x: Tensor, weight: QuantizedWeight, workspace_bytes: int) -> Tensor:

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from indexshare.kernels.pool import Pool
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeyLayout:
@@ -85,7 +87,7 @@ class KeyLayout:
         """int64 [context_length]: the pool row of each key of the sequence, in logical order."""
         return self._rows[sequence]
 
-    def keys(self, pool: Tensor, sequence: int, start: int = 0, stop: int | None = None) -> Tensor:
+    def keys(self, pool: Pool, sequence: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop-1 of the sequence's keys, [stop-start, W]; a view where the pages are neighbours."""
         stop = self.context_lengths[sequence] if stop is None else stop
         first = self._first_rows[sequence]

@@ -33,6 +33,7 @@ from indexshare.errors import ConfigError, KernelError
 from indexshare.kernels import ops, registry
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.packed import LANES, PackedWeight
+from indexshare.kernels.pool import Pool, QuantizedPool
 
 NAME = "c++"
 SOURCES = Path(__file__).parent / "cpp"
@@ -238,15 +239,30 @@ def _refusal(*tensors: Tensor) -> str | None:
     return None
 
 
+def _pool_refusal(pool: Pool) -> str | None:
+    """The same for a pool, which may hold int8."""
+    if not isinstance(pool, QuantizedPool):
+        return _refusal(pool)
+    if pool.device.type != "cpu" or not pool.data.is_contiguous():
+        return f"a pool is on {pool.device}, or not contiguous"
+    return None
+
+
+def _bytes(pool: Pool) -> Tensor:
+    return pool.data if isinstance(pool, QuantizedPool) else pool
+
+
 def _index_select_twin(name: str, operators: Any) -> registry.Twin:
     no_pages = torch.empty(0, dtype=torch.int64)
 
-    def supports(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, topk: int) -> str | None:
+    def supports(query: Tensor, weights: Tensor, keys: Pool, layout: KeyLayout, topk: int) -> str | None:
         if weights.dtype != torch.float32:
             return f"the head weights are {weights.dtype}, not float32"
-        return _refusal(query, weights, keys)
+        if isinstance(keys, QuantizedPool) and (keys.plain_dim or keys.group_size < keys.rounded_dim):
+            return "a key must have one scale"
+        return _refusal(query, weights) or _pool_refusal(keys)
 
-    def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, topk: int) -> Tensor:
+    def index_select(query: Tensor, weights: Tensor, keys: Pool, layout: KeyLayout, topk: int) -> Tensor:
         ops.check_pool(keys)
         selection = torch.full((query.shape[0], min(topk, layout.max_context)), -1, dtype=torch.int32)
         for b, context in enumerate(layout.context_lengths):
@@ -255,7 +271,7 @@ def _index_select_twin(name: str, operators: Any) -> registry.Twin:
             found_nan = operators.index_select(
                 query[start:stop],
                 weights[start:stop],
-                keys,
+                _bytes(keys),
                 pages,
                 layout.page_size,
                 start,
@@ -270,14 +286,19 @@ def _index_select_twin(name: str, operators: Any) -> registry.Twin:
 
 
 def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
-    def supports(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> str | None:
+    def supports(query: Tensor, latents: Pool, selection: Tensor, scale: float, latent_dim: int) -> str | None:
         if query.shape[-1] % 2 or latent_dim % LANES:
             return f"widths of {query.shape[-1]} and {latent_dim} are no multiples of 2 and of {LANES}"
-        return _refusal(query, latents) if selection.is_contiguous() else "the selection is not contiguous"
+        if isinstance(latents, QuantizedPool) and latents.rounded_dim != latent_dim:
+            return f"{latents.rounded_dim} numbers of a row are rounded, not {latent_dim}"
+        if not selection.is_contiguous():
+            return "the selection is not contiguous"
+        return _refusal(query) or _pool_refusal(latents)
 
-    def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+    def mla_sparse(query: Tensor, latents: Pool, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
         attended = query.new_empty(*query.shape[:2], latent_dim)
-        operators.mla_sparse(query, latents, selection, scale, attended)
+        group = latents.group_size if isinstance(latents, QuantizedPool) else 0
+        operators.mla_sparse(query, _bytes(latents), group, selection, scale, attended)
         return attended
 
     return registry.Twin(name=name, devices=("cpu",), function=mla_sparse, supports=supports, note=FLOATS)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from indexshare import runtime
 from indexshare.errors import KernelError
-from indexshare.kernels.formats import QuantizedWeight, multiply
+from indexshare.kernels.formats import QuantizedWeight, multiply, quantize_activations
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.packed import PackedWeight
+from indexshare.kernels.pool import Pool, QuantizedPool
 from indexshare.kernels.registry import operation
 
 Weight = Tensor | QuantizedWeight | PackedWeight
@@ -92,7 +93,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 @operation
-def cache_write(pool: Tensor, rows: Tensor, values: Tensor) -> None:
+def cache_write(pool: Pool, rows: Tensor, values: Tensor) -> None:
     """pool[rows[t]] = values[t] in the pool's dtype. pool [R, W], rows int64 [T] (distinct), values [T, W]."""
     pool.index_copy_(0, rows, values.to(pool.dtype))
 
@@ -110,11 +111,12 @@ def _scaled_query(query_TJI: Tensor) -> Tensor:
 
 
 @operation
-def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, topk: int) -> Tensor:
+def index_select(query: Tensor, weights: Tensor, keys: Pool, layout: KeyLayout, topk: int) -> Tensor:
     """The indexer: scores every visible key and keeps the top-k of each query (DeepSeek-V3.2, section 2.1).
 
     score[t, s] = sum_j weights[t, j] * relu(query[t, j] . key[s] / sqrt(I)), fp32, causal before the top-k.
-    query [T, J, I], weights [T, J] (J^-1/2 folded in, signed), keys pool [R, I] in any float dtype
+    query [T, J, I], weights [T, J] (J^-1/2 folded in, signed), keys pool [R, I] in any float dtype or int8; then each
+    query [I] is rounded too, with one scale (`quantize_activations`): a kernel sums integers
     -> int32 [T, min(topk, max context)], a selection. Ties go to the lower position. With at most topk visible keys
     all are taken, unscored. NaN scores and a pool of more than 2^31 rows raise KernelError.
     """
@@ -122,6 +124,7 @@ def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout
     check_pool(keys)
     width = min(topk, layout.max_context)
     selection = torch.full((query.shape[0], width), -1, dtype=torch.int32, device=query.device)
+    query = quantize_activations(query, query.shape[-1]) if isinstance(keys, QuantizedPool) else query
     query, weights = _scaled_query(query), weights.to(_compute_dtype(query))
     for b in range(layout.num_sequences):
         first, past = layout.sequence_starts[b], layout.num_past(b)
@@ -145,7 +148,7 @@ def index_select(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout
     return selection
 
 
-def check_pool(keys: Tensor) -> None:
+def check_pool(keys: Pool) -> None:
     """Raises KernelError for a pool of more rows than a selection can address."""
     if keys.shape[0] > MAX_POOL_ROWS:
         raise KernelError(f"index_select: a pool of {keys.shape[0]:,} rows; a selection can address {MAX_POOL_ROWS:,}")
@@ -159,7 +162,7 @@ def _query_tile(context: int, num_heads: int, remaining: int) -> int:
     return max(1, min(remaining, by_rows, by_heads, 128))
 
 
-def _score_tile(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, sequence: int, visible: int) -> Tensor:
+def _score_tile(query: Tensor, weights: Tensor, keys: Pool, layout: KeyLayout, sequence: int, visible: int) -> Tensor:
     scores = query.new_empty(query.shape[0], visible)
     with _full_precision(query):
         for start in range(0, visible, KEY_TILE):
@@ -205,7 +208,7 @@ def top_positions(scores: Tensor, k: int) -> Tensor:
 
 
 @operation
-def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+def mla_sparse(query: Tensor, latents: Pool, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
     """Absorbed MLA over the selected rows only: gathers them, never masks the whole cache.
 
     query [T, H, W] (query absorbed into the latent space, then rope), latents pool [R, W], selection int32 [T, K] with
@@ -218,7 +221,7 @@ def mla_sparse(query: Tensor, latents: Tensor, selection: Tensor, scale: float, 
 
 
 def _selected_tiles(
-    query: Tensor, latents: Tensor, selection: Tensor, scale: float
+    query: Tensor, latents: Pool, selection: Tensor, scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For a few queries at a time: where they are, their rows [t, K], the latents there [t, K, W] and the attention
     probabilities [t, H, K]. The caller may overwrite the latents: each tile gathers its own."""
@@ -240,7 +243,7 @@ def _selected_tiles(
         yield place, rows, gathered, scores.masked_fill(padding[:, None], float("-inf")).softmax(-1)
 
 
-def _attend_selected(query: Tensor, latents: Tensor, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
+def _attend_selected(query: Tensor, latents: Pool, selection: Tensor, scale: float, latent_dim: int) -> Tensor:
     pieces = [
         (chosen @ gathered[..., :latent_dim]).to(query.dtype)
         for _, _, gathered, chosen in _selected_tiles(query, latents, selection, scale)
@@ -278,7 +281,7 @@ class _SparseAttention(torch.autograd.Function):
 
 
 @operation
-def mla_dense(query: Tensor, latents: Tensor, layout: KeyLayout, scale: float, latent_dim: int) -> Tensor:
+def mla_dense(query: Tensor, latents: Pool, layout: KeyLayout, scale: float, latent_dim: int) -> Tensor:
     """Absorbed MLA over all visible keys, with a running softmax over key tiles. Shapes as mla_sparse."""
     wide = _compute_dtype(query)
     output = []
@@ -292,7 +295,7 @@ def mla_dense(query: Tensor, latents: Tensor, layout: KeyLayout, scale: float, l
 
 
 def _running_softmax(
-    query: Tensor, latents: Tensor, layout: KeyLayout, sequence: int, last_seen: Tensor, latent_dim: int
+    query: Tensor, latents: Pool, layout: KeyLayout, sequence: int, last_seen: Tensor, latent_dim: int
 ) -> Tensor:
     visible = int(last_seen[-1]) + 1
     peak = query.new_full((*query.shape[:2], 1), float("-inf"))
@@ -315,7 +318,7 @@ def _running_softmax(
 
 @operation
 def mla_expanded(
-    query: Tensor, latents: Tensor, kv_b: Tensor, layout: KeyLayout, scale: float, masks: list[Tensor] | None = None
+    query: Tensor, latents: Pool, kv_b: Tensor, layout: KeyLayout, scale: float, masks: list[Tensor] | None = None
 ) -> Tensor:
     """MLA with keys and values expanded from the latents, causal over all visible keys (training, short prefill).
 

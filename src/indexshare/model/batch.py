@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from indexshare.kernels.layout import KeyLayout
+from indexshare.kernels.pool import Pool, QuantizedPool
 
 
 class Selection(NamedTuple):
@@ -26,16 +27,27 @@ class Selection(NamedTuple):
 class CacheView:
     """Pools of rows, one per layer, the MTP layer last. A shared layer has no index keys.
 
-    latents: [R, kv_lora_rank + qk_rope_head_dim] each; index_keys: [R, index_head_dim] or None.
+    latents: [R, kv_lora_rank + qk_rope_head_dim] each; index_keys: [R, index_head_dim] or None. All latents are held in
+    one format, and all index keys.
     """
 
-    latents: tuple[Tensor, ...]
-    index_keys: tuple[Tensor | None, ...]
+    latents: tuple[Pool, ...]
+    index_keys: tuple[Pool | None, ...]
     _addresses: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.latents[0].dtype
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the caches that are not rounded."""
+        return {pool.dtype for pool in (*self.latents[:1], *self.index_keys[:1]) if isinstance(pool, Tensor)}
+
+    @property
+    def group_sizes(self) -> tuple[int, int]:
+        """Numbers that share a scale in latents and in index keys; 0 where they are not rounded."""
+        latents, keys = self.latents[0], self.index_keys[0]
+        return (
+            latents.group_size if isinstance(latents, QuantizedPool) else 0,
+            keys.group_size if isinstance(keys, QuantizedPool) else 0,
+        )
 
     def addresses(self, layers: tuple[int, ...]) -> Tensor:
         """int64 [layers, 2]: where the latents and the index keys of these layers begin; 0 for no keys."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from indexshare.kernels import ops
 from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.packed import PackedWeight
+from indexshare.kernels.pool import Pool
 from indexshare.kernels.registry import composite
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
@@ -146,6 +147,7 @@ class Attention(nn.Module):
             selected = self._select(x_TD, query_latent, batch, rope)
         assert selected is not None, "the first layer is full, so that there is a selection to hand on"
         if batch.index_queries is not None:
+            assert isinstance(latents, Tensor), "training has no cache"
             self._add_index_loss(query_THQ, latents, selected, batch)
         return self.o_proj(self._attend(query_THQ, latents, selected, batch).flatten(1)), selected
 
@@ -166,10 +168,11 @@ class Attention(nn.Module):
         if batch.trace is not None:
             batch.trace.selections[self.layer] = rows
         if batch.index_queries is not None:
+            assert isinstance(keys, Tensor), "training has no cache"
             scores = ops.index_scores(query_TJI, weights_TJ, keys, batch.layout, batch.index_queries)
         return Selection(rows, masks, scores)
 
-    def _attend(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> Tensor:
+    def _attend(self, query_THQ: Tensor, latents: Pool, selected: Selection, batch: ForwardBatch) -> Tensor:
         """-> [T, H, V]. Absorbed over selected rows; expanded in training and where many queries attend to all keys."""
         config = self.config
         kv_b = self.kv_b()
@@ -206,7 +209,7 @@ class Attention(nn.Module):
         batch.trace.index_losses[self.layer] = ops.indexer_kl(selected.scores, targets, masks)
 
 
-def _write(batch: ForwardBatch, pool: Tensor | None, rows: Tensor) -> Tensor:
+def _write(batch: ForwardBatch, pool: Pool | None, rows: Tensor) -> Pool:
     """Puts this step's rows into the layer's pool and returns the pool; in training the rows are the pool."""
     if pool is None:
         return rows

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from indexshare.kernels.cache_formats import LATENT_GROUP, PLAIN, CacheFormats, rounded_row_bytes
 from indexshare.model.config import GlmConfig
 from indexshare.quant.policy import GROUP_SIZES, IntegerFormat, fitting_group
 
@@ -97,7 +98,7 @@ class TokenWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Everything `indexshare inspect` prints."""
+    """Everything `indexshare inspect` prints. int8_cache_bytes_per_token: latents, index keys and the MTP layer's."""
 
     model: str
     num_layers: int
@@ -111,6 +112,7 @@ class Inspection:
     latent_cache_bytes_per_token: int
     index_cache_bytes_per_token: int
     mtp_cache_bytes_per_token: int
+    int8_cache_bytes_per_token: tuple[int, int, int]
     work: tuple[TokenWork, ...]
 
 
@@ -179,10 +181,16 @@ def weight_bytes(config: GlmConfig, weight_format: str) -> int:
     return biases + sum(group.num_bytes(weight_format) for group in weight_groups(config))
 
 
-def cache_bytes_per_token(config: GlmConfig, bytes_per_number: int = 2) -> tuple[int, int, int]:
+def cache_bytes_per_token(
+    config: GlmConfig, bytes_per_number: int = 2, formats: CacheFormats = PLAIN
+) -> tuple[int, int, int]:
     """Bytes cached for one token: latents of the main model, its index keys (full layers), both of the MTP layer."""
     latent = config.latent_dim * bytes_per_number
     index_key = config.index_head_dim * bytes_per_number
+    if formats.latents is not None:
+        latent = rounded_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, LATENT_GROUP)
+    if formats.index_keys is not None:
+        index_key = rounded_row_bytes(config.index_head_dim, 0, config.index_head_dim)
     num_mtp = config.num_nextn_predict_layers
     return config.num_hidden_layers * latent, len(config.full_layers) * index_key, num_mtp * (latent + index_key)
 
@@ -235,6 +243,9 @@ def inspect_model(config: GlmConfig, name: str, contexts: Sequence[int] = CONTEX
         latent_cache_bytes_per_token=latent,
         index_cache_bytes_per_token=index,
         mtp_cache_bytes_per_token=mtp,
+        int8_cache_bytes_per_token=cache_bytes_per_token(
+            config, formats=CacheFormats(latents="int8", index_keys="int8")
+        ),
         work=tuple(token_work(config, n) for n in contexts if n <= config.max_position_embeddings),
     )
 
@@ -270,6 +281,7 @@ def render(inspection: Inspection) -> RenderableType:
         f"cache per token in BF16: {inspection.latent_cache_bytes_per_token:,} bytes of latents + "
         f"{inspection.index_cache_bytes_per_token:,} bytes of index keys "
         f"(the MTP layer adds {inspection.mtp_cache_bytes_per_token:,})",
+        "with int8 caches: {:,} + {:,} (the MTP layer adds {:,})".format(*inspection.int8_cache_bytes_per_token),
     ]
     return Group(parts, *lines, work)
 

@@ -229,8 +229,9 @@ def _supports(
         return "there is no cache: this is training"
     if batch.attention != "sparse":
         return "attention is dense"
-    if hidden.dtype != stack.packed.dtype or batch.cache.dtype != hidden.dtype:
-        return f"activations are {hidden.dtype}, caches {batch.cache.dtype}, weights packed for {stack.packed.dtype}"
+    if hidden.dtype != stack.packed.dtype or not batch.cache.dtypes <= {hidden.dtype}:
+        caches = ", ".join(map(str, batch.cache.dtypes))
+        return f"activations are {hidden.dtype}, caches {caches}, weights packed for {stack.packed.dtype}"
     return None
 
 
@@ -259,7 +260,7 @@ def _run(
         rope.cos,
         rope.sin,
         cache.addresses(packed.numbers),
-        hidden.dtype == torch.bfloat16,
+        *cache.group_sizes,
         batch.query_only,
         rows,
         packed.seconds,

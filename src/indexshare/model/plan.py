@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from indexshare import runtime
 from indexshare.errors import ConfigError
+from indexshare.kernels.cache_formats import PLAIN, CacheFormats
 from indexshare.model.config import GlmConfig
 from indexshare.model.inspect import activated_parameters, cache_bytes_per_token, token_work, weight_bytes
 
@@ -93,15 +94,23 @@ def this_machine(device: str = "cpu", directory: Path | str = ".") -> Machine:
     )
 
 
-def make_plan(config: GlmConfig, name: str, context: int, machine: Machine, *, on_disk: bool = False) -> Plan:
+def make_plan(
+    config: GlmConfig,
+    name: str,
+    context: int,
+    machine: Machine,
+    *,
+    on_disk: bool = False,
+    caches: CacheFormats = PLAIN,
+) -> Plan:
     """Sizes, bounds and a verdict for one sequence of `context` tokens. Raises ConfigError for an impossible length.
 
-    on_disk: the weights need no room on the disk, because they are there.
+    on_disk: the weights need no room on the disk, because they are there. caches: which of them are rounded.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context must be between 1 and {config.max_position_embeddings:,}, not {context:,}")
     workspace = runtime.settings().workspace_bytes
-    formats = tuple(_plan_format(config, each, context, machine, workspace, on_disk) for each in FORMATS)
+    formats = tuple(_plan_format(config, each, context, machine, workspace, on_disk, caches) for each in FORMATS)
     return Plan(
         model=name,
         context=context,
@@ -115,10 +124,16 @@ def make_plan(config: GlmConfig, name: str, context: int, machine: Machine, *, o
 
 
 def _plan_format(
-    config: GlmConfig, weight_format: str, context: int, machine: Machine, workspace: int, on_disk: bool
+    config: GlmConfig,
+    weight_format: str,
+    context: int,
+    machine: Machine,
+    workspace: int,
+    on_disk: bool,
+    caches: CacheFormats,
 ) -> FormatPlan:
     weights = weight_bytes(config, weight_format)
-    latent, index, mtp = cache_bytes_per_token(config, FORMATS[weight_format])
+    latent, index, mtp = cache_bytes_per_token(config, FORMATS[weight_format], caches)
     cache = (latent + index + mtp) * context
     needed = weights + cache + workspace + INTERPRETER_BYTES
     # one token reads its share of the weights, the selected latents, and the index keys of all tokens

@@ -4,6 +4,9 @@
 // more. Keys stay as they lie in the cache; a pair of dims of one key is broadcast against all lanes. Scores above the
 // query's threshold are appended to its candidates; when those are full, they are cut back to the best k, whose last score
 // is the new threshold. Keys come in ascending order, so equal scores that come later lose, as the specification wants.
+//
+// Keys that are rounded to int8 meet queries that are rounded in the same way: products and their sums are whole numbers,
+// exact in int32 where there are byte products and in fp32 elsewhere.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +15,8 @@
 #include <limits>
 #include <vector>
 
-#include "threads.h"
-#include "vectors.h"
+#include "candidates.h"
+#include "pool.h"
 
 namespace {
 
@@ -28,6 +31,7 @@ struct IndexSelect {
   const float* weights;  // [num_queries, num_heads]
   const void* keys;      // pool of rows [dim]
   bool keys_are_bf16;
+  bool keys_are_rounded;  // int8 with one scale
   const int64_t* page_table;  // of this sequence; null: row = position + first_row
   int64_t page_size, first_row;
   int64_t num_queries, num_past;
@@ -35,131 +39,26 @@ struct IndexSelect {
   int32_t* selection;  // [num_queries, topk] with this stride, filled with -1
   int64_t selection_stride;
 
+  int lanes_per_query() const { return num_heads <= 4 ? 4 : (num_heads + kLanes - 1) / kLanes * kLanes; }
+  int64_t key_bytes() const { return keys_are_rounded ? rounded_bytes(dim, dim) : dim * (keys_are_bf16 ? 2 : 4); }
   int64_t row(int64_t position) const {
     if (page_table == nullptr) return first_row + position;
     return page_table[position / page_size] * page_size + position % page_size;
   }
 };
 
-// The best of what has been seen so far of one query.
-struct Candidates {
-  float* scores;
-  int32_t* positions;
-  int count, capacity, topk;
-  float threshold;
-
-  // How many scores are at least `bound`.
-  int num_from(float bound) const {
-    Int16 sums{};
-    for (int i = 0; i < count; i += kLanes) sums -= load(scores + i) >= bound;
-    int sum = 0;
-    for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
-    return sum;
-  }
-
-  // Keeps the best k, in their order; among equals the first. Bisects for the k-th best score: a pass over scores that
-  // lie in the first cache costs less than moving them.
-  void cut() {
-    if (count <= topk) return;
-    const int padded = (count + kLanes - 1) / kLanes * kLanes;
-    std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
-    float low = scores[0], high = scores[0];
-    for (int i = 1; i < count; i++) low = std::min(low, scores[i]), high = std::max(high, scores[i]);
-    // At least k scores are >= low, fewer than k are >= the number after high.
-    int32_t from = ordered(low), to = ordered(high) + 1;
-    int num_kept = count;
-    while (int64_t(to) - from > 1 && num_kept != topk) {
-      const int32_t middle = int32_t((int64_t(from) + to) / 2);
-      const int found = num_from(unordered(middle));
-      if (found >= topk) from = middle, num_kept = found;
-      else to = middle;
-    }
-    // More than k are left only if the last of them are equal: the first of those stay.
-    const float last = unordered(from);
-    int num_surplus = num_kept - topk, kept = 0;
-    if (num_surplus == 0) {
-      kept = keep_from(last);
-    } else {
-      int num_ties = topk - num_from(unordered(from + 1));
-      for (int i = 0; i < count; i++) {
-        const bool keep = scores[i] > last || (scores[i] == last && num_ties-- > 0);
-        scores[kept] = scores[i];
-        positions[kept] = positions[i];
-        kept += keep;
-      }
-    }
-    count = topk;
-    threshold = last;
-  }
-
-  // Moves scores of at least `bound` to the front. Returns their number.
-  int keep_from(float bound) {
-    int kept = 0;
-    for (int i = 0; i < count; i += kLanes) {
-#if defined(__AVX512F__)
-      const __m512 v = _mm512_loadu_ps(scores + i);
-      const __m512i places = _mm512_loadu_si512(positions + i);
-      const __mmask16 keep = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GE_OQ);
-      _mm512_storeu_ps(scores + kept, _mm512_maskz_compress_ps(keep, v));
-      _mm512_storeu_si512(positions + kept, _mm512_maskz_compress_epi32(keep, places));
-      kept += __builtin_popcount(keep);
-#else
-      for (int lane = i; lane < std::min(i + kLanes, count); lane++) {
-        scores[kept] = scores[lane];
-        positions[kept] = positions[lane];
-        kept += scores[lane] >= bound;
-      }
-#endif
-    }
-    return kept;
-  }
-
-  // Floats in their order as whole numbers, and back. Zero has one sign here (see `take`).
-  static int32_t ordered(float x) {
-    int32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-  }
-  static float unordered(int32_t bits) {
-    bits ^= (bits >> 31) & 0x7fffffff;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-  }
-
-  ALWAYS_INLINE void append(Float16 found, int32_t position) {
-#if defined(__AVX512F__)
-    const __m512 v = (__m512)found;
-    const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
-    if (!above) return;
-    const __m512i places = _mm512_add_epi32(
-        _mm512_set1_epi32(position), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    _mm512_storeu_ps(scores + count, _mm512_maskz_compress_ps(above, v));
-    _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi32(above, places));
-    count += __builtin_popcount(above);
-#else
-    for (int lane = 0; lane < kLanes; lane++) {
-      if (found[lane] > threshold) {
-        scores[count] = found[lane];
-        positions[count++] = position + lane;
-      }
-    }
-#endif
-    if (count > capacity - kLanes) cut();
-  }
-};
-
 // Everything one thread needs, allocated once per call.
 struct IndexScratch {
-  std::vector<float> packed, weights, keys, scores;
+  std::vector<float> packed, weights, keys, key_scales, scores;
   std::vector<int32_t> positions;
   Candidates candidates[kQueriesPerTile];
 
   IndexScratch(int topk, int num_lanes, int dim, int num_queries) {
     const int capacity = (std::max(2 * topk, topk + 512) + kLanes - 1) / kLanes * kLanes + kLanes;
-    packed.resize(size_t(num_lanes) * dim);
+    packed.resize(size_t(num_lanes) * (dim + 1));  // bytes are padded to four
     weights.resize(num_lanes);
-    keys.resize(size_t(kKeysPerBlock) * dim);
+    keys.resize(size_t(kKeysPerBlock) * (dim + 4));  // or rounded rows
+    key_scales.resize(kKeysPerBlock);
     scores.resize(size_t(num_queries) * capacity);
     positions.resize(scores.size());
     for (int i = 0; i < num_queries; i++) {
@@ -167,6 +66,24 @@ struct IndexScratch {
     }
   }
 };
+
+// From one key to the next, in numbers: behind a rounded key are its scale and its sum.
+template <typename Number>
+constexpr int key_stride(int dim) {
+  return sizeof(Number) == 1 ? int(rounded_bytes(dim, dim)) : dim;
+}
+
+// Numbers of a lane of a packed query; bytes go in fours.
+template <typename Number>
+constexpr int lane_size(int dim) {
+  return sizeof(Number) == 1 ? (dim + 3) / 4 * 4 : dim;
+}
+
+ALWAYS_INLINE GroupScale scale_of(const int8_t* key, int dim) {
+  GroupScale scale;
+  memcpy(&scale, key + (dim + 7) / 8 * 8, sizeof(scale));
+  return scale;
+}
 
 // acc[group][key] = query lanes . key, for kKeys keys and one or two groups of sixteen lanes, which share what is broadcast.
 // ahead: as many bytes as the keys have are prefetched from there.
@@ -218,64 +135,108 @@ ALWAYS_INLINE void dots(
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+// The same in int8: query [group][dim/4][16 lanes][4], unsigned, 128 more than the number.
+template <int kDim, int kGroups, int kKeys>
+ALWAYS_INLINE void dots(
+    const int8_t* query, const int8_t* keys, int dim_at_run_time, Float16 (*acc)[kKeysAtOnce], const char* ahead) {
+  const int dim = kDim ? kDim : dim_at_run_time, stride = key_stride<int8_t>(dim), lane = lane_size<int8_t>(dim);
+  Int16 sums[kGroups * kKeys];
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroups * kKeys; i++) sums[i] = Int16{} - 128 * scale_of(keys + i % kKeys * stride, dim).sum;
+  for (int i = dim * kKeys; i < stride * kKeys; i += 64) __builtin_prefetch(ahead + i);
+  for (int d = 0; d < dim; d += 4) {
+    __builtin_prefetch(ahead + d * kKeys);
+    Word16 q[kGroups];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; g++) q[g] = *reinterpret_cast<const Word16*>(query + (g * lane + d) * kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeys; k++) {
+      const int32_t four = word_at(reinterpret_cast<const uint8_t*>(keys + k * stride + d));
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; g++) sums[g * kKeys + k] = step_bytes(sums[g * kKeys + k], q[g], four);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroups * kKeys; i++) acc[i / kKeys][i % kKeys] = __builtin_convertvector(sums[i], Float16);
+}
+#endif
+
 // Sixteen keys for one group of lanes, or for two.
 template <int kDim, typename Number>
 ALWAYS_INLINE void dots_of_groups(
     int num_groups, const Number* query, const Number* keys, int dim, Float16 (*acc)[kKeysAtOnce], const char* ahead) {
   if (num_groups == 1) return dots<kDim, 1, kKeysAtOnce>(query, keys, dim, acc, ahead);
   constexpr int kHalf = kKeysAtOnce / 2;
+  const int half = kHalf * key_stride<Number>(kDim ? kDim : dim);
   Float16 second[2][kKeysAtOnce];
   dots<kDim, 2, kHalf>(query, keys, dim, acc, ahead);
-  dots<kDim, 2, kHalf>(query, keys + size_t(kHalf) * dim, dim, second, ahead + kHalf * dim * sizeof(Number));
+  dots<kDim, 2, kHalf>(query, keys + half, dim, second, ahead + half * sizeof(Number));
 #pragma GCC unroll 16
   for (int i = 0; i < kHalf; i++) acc[0][kHalf + i] = second[0][i], acc[1][kHalf + i] = second[1][i];
 }
 
 template <typename Query, typename Number>
-void pack(const IndexSelect& a, int64_t first, int num_queries, int lanes_per_query, Number* packed, float* weights) {
-  constexpr int kPair = sizeof(Number) == 2 ? 2 : 1;
+void pack(const IndexSelect& a, int64_t first, int num_queries, Number* packed, float* weights) {
+  constexpr int kPair = 4 / sizeof(Number);
+  const int lanes_per_query = a.lanes_per_query(), size = lane_size<Number>(a.dim);
   const int num_lanes = (num_queries * lanes_per_query + kLanes - 1) / kLanes * kLanes;
-  std::fill(packed, packed + size_t(num_lanes) * a.dim, Number{});
+  std::fill(packed, packed + size_t(num_lanes) * size, Number{});
   std::fill(weights, weights + num_lanes, 0.0f);
+  std::vector<float> wide(a.dim);
+  std::vector<int8_t> rounded(a.keys_are_rounded ? a.key_bytes() : 0);
   const float scale = 1.0f / std::sqrt(float(a.dim));
   for (int q = 0; q < num_queries; q++) {
     for (int h = 0; h < a.num_heads; h++) {
       const int lane = q * lanes_per_query + h;
       const Query* from = static_cast<const Query*>(a.query) + ((first + q) * a.num_heads + h) * a.dim;
-      Number* to = packed + size_t(lane / kLanes) * kLanes * a.dim;
+      Number* to = packed + size_t(lane / kLanes) * kLanes * size;
+      weights[lane] = a.weights[(first + q) * a.num_heads + h] * scale;
+      widen_row(from, a.dim, wide.data());
+      if (a.keys_are_rounded) {
+        encode_integers(wide.data(), a.dim, a.dim, reinterpret_cast<uint8_t*>(rounded.data()));
+        weights[lane] *= scale_of(rounded.data(), a.dim).scale;
+        for (int d = 0; d < a.dim; d++) wide[d] = rounded[d];
+      }
       for (int d = 0; d < a.dim; d++) {
         Number* place = to + (d / kPair) * kLanes * kPair + (lane % kLanes) * kPair + d % kPair;
-        if constexpr (sizeof(Number) == 2) *place = reinterpret_cast<const Number&>(from[d]);
-        else *place = widen(from[d]);
+        if constexpr (sizeof(Number) == 1) *place = Number(rounded[d] + 128);
+        else narrow(wide[d], place);
       }
-      weights[lane] = a.weights[(first + q) * a.num_heads + h] * scale;
     }
   }
 }
 
 // The block of keys from `position` on, as Number: in place when it is a run of the cache, else copied.
-template <typename Key, typename Number>
-const Number* block_of_keys(const IndexSelect& a, int64_t position, int count, Number* copy) {
-  const Key* pool = static_cast<const Key*>(a.keys);
-  const int64_t first = a.row(position);
+// scales: of rounded keys.
+template <typename Number>
+const Number* block_of_keys(const IndexSelect& a, int64_t position, int count, Number* copy, float* scales) {
+  const uint8_t* pool = static_cast<const uint8_t*>(a.keys);
+  const int64_t first = a.row(position), size = a.key_bytes(), stride = key_stride<Number>(a.dim);
   const bool is_run = a.page_table == nullptr || position % a.page_size + count <= a.page_size;
-  if constexpr (sizeof(Key) == sizeof(Number)) {
-    if (is_run && count == kKeysPerBlock) return reinterpret_cast<const Number*>(pool + first * a.dim);
-  }
+  const bool is_same = sizeof(Number) == (a.keys_are_rounded ? 1 : a.keys_are_bf16 ? 2 : 4);
+  const bool in_place = is_run && is_same && count == kKeysPerBlock;
   for (int k = 0; k < kKeysPerBlock; k++) {
-    const Key* from = pool + (k < count ? a.row(position + k) : first) * a.dim;  // beyond the end: any key, masked later
-    if constexpr (sizeof(Key) == sizeof(Number)) memcpy(copy + size_t(k) * a.dim, from, a.dim * sizeof(Key));
-    else for (int d = 0; d < a.dim; d++) copy[size_t(k) * a.dim + d] = widen(from[d]);
+    if (in_place && !a.keys_are_rounded) break;
+    const uint8_t* from = pool + (k < count ? a.row(position + k) : first) * size;  // beyond the end: any key, masked later
+    Number* to = copy + k * stride;
+    if (a.keys_are_rounded) scales[k] = scale_of(reinterpret_cast<const int8_t*>(from), a.dim).scale;
+    if (in_place) continue;
+    if (is_same) {
+      memcpy(to, from, size);
+    } else if constexpr (sizeof(Number) == 4) {
+      if (a.keys_are_rounded) widen_row(reinterpret_cast<const int8_t*>(from), a.dim, to);
+      else widen_row(reinterpret_cast<const uint16_t*>(from), a.dim, to);
+    }
   }
-  return copy;
+  return in_place ? reinterpret_cast<const Number*>(pool + first * size) : copy;
 }
 
 // Candidates of queries first .. first + num_queries - 1 among the keys begin .. end - 1. Returns whether a score was NaN.
-template <typename Query, typename Key, typename Number, int kDim>
-bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
-  const int lanes_per_query = a.num_heads <= 4 ? 4 : (a.num_heads + kLanes - 1) / kLanes * kLanes;
-  Number* packed = reinterpret_cast<Number*>(scratch.packed.data());
-  pack<Query, Number>(a, first, num_queries, lanes_per_query, packed, scratch.weights.data());
+template <typename Number, int kDim>
+bool scan_keys(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
+  const int lanes_per_query = a.lanes_per_query(), stride = key_stride<Number>(a.dim);
+  const Number* packed = reinterpret_cast<const Number*>(scratch.packed.data());
   for (int q = 0; q < num_queries; q++) {
     scratch.candidates[q].count = 0;
     scratch.candidates[q].threshold = -std::numeric_limits<float>::infinity();
@@ -286,6 +247,7 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
     // Only keys up to the query itself and before `end`.
     const int64_t visible = std::min(a.num_past + first + q + 1, end) - position;
     if (visible <= 0) return;
+    if (a.keys_are_rounded) found *= load(&scratch.key_scales[position % kKeysPerBlock]);
     if (visible < kLanes) found = order < int32_t(visible) ? found : splat(-std::numeric_limits<float>::infinity());
     is_nan |= found != found;
     scratch.candidates[q].append(found + 0.0f, int32_t(position));  // no negative zero
@@ -296,20 +258,20 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
   const int num_groups = (num_queries + queries_per_group - 1) / queries_per_group * parts;
   for (int64_t block = begin; block < end; block += kKeysPerBlock) {
     const int count = int(std::min<int64_t>(kKeysPerBlock, end - block));
-    const Number* keys = block_of_keys<Key, Number>(a, block, count, reinterpret_cast<Number*>(scratch.keys.data()));
+    const Number* keys = block_of_keys(a, block, count, reinterpret_cast<Number*>(scratch.keys.data()), scratch.key_scales.data());
     for (int g = 0; g < num_groups; g += groups_at_once) {
       const int q = g / parts * queries_per_group, last = std::min((g + groups_at_once) / parts * queries_per_group, num_queries) - 1;
       if (block > a.num_past + first + last) continue;
       for (int k = 0; k < count; k += kKeysAtOnce) {
         // Sixteen rows at once are more streams than the hardware follows: keys two steps ahead are asked for.
         const int64_t later = std::min(block + k + kAhead, end - 1);
-        const char* ahead = reinterpret_cast<const char*>(static_cast<const Key*>(a.keys) + a.row(later) * a.dim);
+        const char* ahead = static_cast<const char*>(a.keys) + a.row(later) * a.key_bytes();
         Float16 sums[2][kKeysAtOnce] = {};
         for (int part = 0; part < groups_at_once && g + part < num_groups; part += 2) {
           const int now = std::min({2, groups_at_once - part, num_groups - g - part});
           const int lane = (g + part) * kLanes;
           Float16 acc[2][kKeysAtOnce];
-          dots_of_groups<kDim>(now, packed + size_t(lane) * a.dim, keys + size_t(k) * a.dim, a.dim, acc, ahead);
+          dots_of_groups<kDim>(now, packed + size_t(lane) * lane_size<Number>(a.dim), keys + k * stride, a.dim, acc, ahead);
           for (int j = 0; j < now; j++) {
             const Float16 weights = load(&scratch.weights[lane + j * kLanes]);
             Float16* to = sums[parts > 1 ? 0 : j];
@@ -338,28 +300,28 @@ bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, i
   return found_nan != 0;
 }
 
-template <typename Query, typename Key, typename Number>
+template <typename Number>
 bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
+  Number* packed = reinterpret_cast<Number*>(scratch.packed.data());
+  if (a.query_is_bf16) pack<uint16_t>(a, first, num_queries, packed, scratch.weights.data());
+  else pack<float>(a, first, num_queries, packed, scratch.weights.data());
   switch (a.dim) {
-    case 32: return scan<Query, Key, Number, 32>(a, first, num_queries, begin, end, scratch);
-    case 64: return scan<Query, Key, Number, 64>(a, first, num_queries, begin, end, scratch);
-    case 128: return scan<Query, Key, Number, 128>(a, first, num_queries, begin, end, scratch);
-    default: return scan<Query, Key, Number, 0>(a, first, num_queries, begin, end, scratch);
+    case 32: return scan_keys<Number, 32>(a, first, num_queries, begin, end, scratch);
+    case 64: return scan_keys<Number, 64>(a, first, num_queries, begin, end, scratch);
+    case 128: return scan_keys<Number, 128>(a, first, num_queries, begin, end, scratch);
+    default: return scan_keys<Number, 0>(a, first, num_queries, begin, end, scratch);
   }
 }
 
+// Numbers are as narrow as there are instructions for.
 bool scan(const IndexSelect& a, int64_t first, int num_queries, int64_t begin, int64_t end, IndexScratch& scratch) {
-#if defined(__AVX512BF16__)
-  if (a.query_is_bf16 && a.keys_are_bf16 && a.dim % 2 == 0) {
-    return scan<uint16_t, uint16_t, uint16_t>(a, first, num_queries, begin, end, scratch);
-  }
+#if defined(__AVX512VNNI__)
+  if (a.keys_are_rounded) return scan<int8_t>(a, first, num_queries, begin, end, scratch);
 #endif
-  if (a.query_is_bf16) {
-    return a.keys_are_bf16 ? scan<uint16_t, uint16_t, float>(a, first, num_queries, begin, end, scratch)
-                           : scan<uint16_t, float, float>(a, first, num_queries, begin, end, scratch);
-  }
-  return a.keys_are_bf16 ? scan<float, uint16_t, float>(a, first, num_queries, begin, end, scratch)
-                         : scan<float, float, float>(a, first, num_queries, begin, end, scratch);
+#if defined(__AVX512BF16__)
+  if (a.query_is_bf16 && a.keys_are_bf16 && a.dim % 2 == 0) return scan<uint16_t>(a, first, num_queries, begin, end, scratch);
+#endif
+  return scan<float>(a, first, num_queries, begin, end, scratch);
 }
 
 void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates) {
@@ -369,8 +331,7 @@ void write_selection(const IndexSelect& a, int64_t query, Candidates& candidates
 }
 
 int lanes_of_tile(const IndexSelect& a) {
-  const int lanes_per_query = a.num_heads <= 4 ? 4 : (a.num_heads + kLanes - 1) / kLanes * kLanes;
-  return (kQueriesPerTile * lanes_per_query + kLanes - 1) / kLanes * kLanes;
+  return (kQueriesPerTile * a.lanes_per_query() + kLanes - 1) / kLanes * kLanes;
 }
 
 // Queries first .. last - 1, each over all the keys it sees. Returns whether a score was NaN.

@@ -45,7 +45,7 @@ struct Step {
   const int64_t* page_table;  // [num_sequences, pages_per_sequence]
   int64_t pages_per_sequence, page_size;
   const float *cos, *sin;  // [num_tokens, rope/2]
-  bool cache_is_bf16, query_only;
+  bool is_bf16, query_only;  // is_bf16: queries, and caches that are not rounded
   int32_t* selection;  // [num_tokens, num_selected], handed from layer to layer
   int64_t num_selected;
 
@@ -64,16 +64,6 @@ struct Step {
 };
 
 constexpr int64_t kTokensPerRun = 8;
-
-// A number of the cache's type.
-struct CacheRow {
-  void* pool;
-  bool is_bf16;
-  void write(int64_t row, int64_t width, const float* x) const {
-    if (is_bf16) narrow_row(x, width, static_cast<uint16_t*>(pool) + row * width);
-    else memcpy(static_cast<float*>(pool) + row * width, x, width * sizeof(float));
-  }
-};
 
 float sum_of_squares(const float* x, int64_t count) {
   Float16 sums{};
@@ -123,7 +113,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // Queries, keys and attention of one layer; hidden [T][D] grows by its output.
 class LayerRun {
  public:
-  LayerRun(const Layer& layer, const Step& step, CacheRow latents, CacheRow index_keys, Arena& arena, Seconds& seconds)
+  LayerRun(const Layer& layer, const Step& step, Pool latents, Pool index_keys, Arena& arena, Seconds& seconds)
       : layer_(layer), step_(step), g_(*step.geometry), latents_(latents), index_keys_(index_keys), arena_(arena), seconds_(seconds) {}
 
   // Returns whether an index score was NaN.
@@ -211,12 +201,12 @@ class LayerRun {
         float* latent = latent_ + t * (g_.latent + g_.rope);
         rms_norm(latent, layer_.latent_norm.weight, g_.latent, g_.latent_norm_eps, latent);
         rotate(latent + g_.latent, cos, sin, g_.rope, g_.interleaved, latent + g_.latent);
-        latents_.write(row, g_.latent + g_.rope, latent);
+        latents_.write(row, latent);
         if (!runs_indexer()) continue;
         float* key = index_key_ + t * g_.index_dim;
         layer_norm(key, layer_.key_norm, g_.index_dim, g_.key_norm_eps, key);
         rotate(key, cos, sin, g_.rope, g_.index_interleaved, key);
-        index_keys_.write(row, g_.index_dim, key);
+        index_keys_.write(row, key);
         const float share = 1.0f / std::sqrt(float(g_.index_heads));
         for (int64_t h = 0; h < g_.index_heads; h++) index_weights_[t * g_.index_heads + h] *= share;
       }
@@ -272,9 +262,10 @@ class LayerRun {
       const int64_t start = step_.starts[b];
       IndexSelect a{};
       a.query = query + start * per_token * number_size();
-      a.query_is_bf16 = a.keys_are_bf16 = step_.cache_is_bf16;
+      a.query_is_bf16 = a.keys_are_bf16 = step_.is_bf16;
       a.weights = index_weights_ + start * g_.index_heads;
-      a.keys = index_keys_.pool;
+      a.keys = index_keys_.data;
+      a.keys_are_rounded = index_keys_.group > 0;
       a.page_table = step_.page_table + b * step_.pages_per_sequence;
       a.page_size = step_.page_size;
       a.num_queries = step_.starts[b + 1] - start;
@@ -294,8 +285,9 @@ class LayerRun {
     uint8_t* attended = arena_.bytes(T * g_.heads * g_.latent * number_size());
     MlaSparse a{};
     a.query = absorbed_;
-    a.latents = latents_.pool;
-    a.query_is_bf16 = a.latents_are_bf16 = step_.cache_is_bf16;
+    a.latents = latents_.data;
+    a.rounded = latents_.group > 0 ? &latents_ : nullptr;
+    a.query_is_bf16 = a.latents_are_bf16 = step_.is_bf16;
     a.selection = step_.selection;
     a.num_tokens = T;
     a.num_selected = step_.num_selected;
@@ -351,17 +343,17 @@ class LayerRun {
 
   static constexpr int64_t kTile = 32;
 
-  int64_t number_size() const { return step_.cache_is_bf16 ? 2 : 4; }
+  int64_t number_size() const { return step_.is_bf16 ? 2 : 4; }
 
   void put(uint8_t* array, int64_t place, const float* x, int64_t count) const {
-    if (step_.cache_is_bf16) narrow_row(x, count, reinterpret_cast<uint16_t*>(array) + place);
+    if (step_.is_bf16) narrow_row(x, count, reinterpret_cast<uint16_t*>(array) + place);
     else memcpy(reinterpret_cast<float*>(array) + place, x, count * sizeof(float));
   }
 
   const Layer& layer_;
   const Step& step_;
   const Geometry& g_;
-  CacheRow latents_, index_keys_;
+  Pool latents_, index_keys_;
   Arena& arena_;
   Seconds& seconds_;
   float *query_latent_ = nullptr, *latent_ = nullptr, *index_key_ = nullptr, *index_weights_ = nullptr;

@@ -76,7 +76,7 @@ void encode_integers(const float* x, int64_t width, int group, uint8_t* out) {
     int found_nan = 0;
     for (; i < end; i++) peak = std::max(peak, std::fabs(x[i])), found_nan |= x[i] != x[i];
     for (int lane = 0; lane < kLanes; lane++) peak = std::max(peak, peaks[lane]), found_nan |= is_nan[lane];
-    const float scale = found_nan ? std::numeric_limits<float>::quiet_NaN() : peak / 127.0f;
+    const float scale = found_nan || std::isinf(peak) ? std::numeric_limits<float>::quiet_NaN() : peak / 127.0f;
     Int16 sums{};
     int32_t sum = 0;
     i = begin;

@@ -10,10 +10,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
-#include "threads.h"
-#include "vectors.h"
+#include "pool.h"
 
 namespace {
 
@@ -28,6 +28,7 @@ struct MlaSparse {
   bool query_is_bf16;
   const void* latents;  // pool of rows [width]
   bool latents_are_bf16;
+  const Pool* rounded;  // int8 rows instead of `latents`: each chunk is widened first; null otherwise
   const int32_t* selection;  // [num_tokens, num_selected], -1 at the end
   int64_t num_tokens, num_selected;
   int num_heads, width, latent_dim;
@@ -58,11 +59,17 @@ struct MlaScratch {
   std::vector<float> scores, parts;
   std::vector<uint16_t> query;    // packed [head groups][width/2][16][2]
   std::vector<uint32_t> weights;  // [rows/2][padded heads], two BF16 weights each
+  std::vector<float> rows;        // widened rows of a chunk, and their numbers
+  std::vector<int32_t> order;
 
   explicit MlaScratch(const MlaSparse& a)
       : scores(size_t(kRowsPerChunk) * a.padded_heads() + kLanes),
         query(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0),
-        weights(size_t(kRowsPerChunk / 2) * a.padded_heads()) {}
+        weights(size_t(kRowsPerChunk / 2) * a.padded_heads()),
+        rows(a.rounded ? size_t(kRowsPerChunk) * a.width : 0),
+        order(a.rounded ? kRowsPerChunk : 0) {
+    std::iota(order.begin(), order.end(), 0);
+  }
 };
 
 template <typename Number>
@@ -329,10 +336,18 @@ void attend_chunk(const MlaSparse& a, int64_t token, const int32_t* rows, int co
   weigh_all<Latent>(a, rows, count, s.scores.data(), sums);
 }
 
-// Chunk `chunk` of a token; pack_query has been called for it.
-void attend_chunk(const MlaSparse& a, int64_t token, int chunk, int count, MlaScratch& s, float* part) {
-  const int32_t* rows = a.selection + token * a.num_selected + chunk * kRowsPerChunk;
-  const int size = std::min(kRowsPerChunk, count - chunk * kRowsPerChunk);
+template <typename Number>
+void widen_rows(const MlaSparse& a, const int32_t* rows, int count, Number* to) {
+  const int64_t size = a.rounded->row_bytes();
+  for (int k = 0; k < count; k++) {
+    const uint8_t* ahead = a.rounded->data + rows[std::min(k + kPrefetch, count - 1)] * size;
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(ahead + i);
+    a.rounded->read(rows[k], to + int64_t(k) * a.width);
+  }
+}
+
+// `size` rows of a token; pack_query has been called for it.
+void attend_rows(const MlaSparse& a, int64_t token, const int32_t* rows, int size, MlaScratch& s, float* part) {
   if (a.query_is_bf16) {
     if (a.latents_are_bf16) attend_chunk<uint16_t, uint16_t>(a, token, rows, size, s, part);
     else attend_chunk<uint16_t, float>(a, token, rows, size, s, part);
@@ -340,6 +355,18 @@ void attend_chunk(const MlaSparse& a, int64_t token, int chunk, int count, MlaSc
     if (a.latents_are_bf16) attend_chunk<float, uint16_t>(a, token, rows, size, s, part);
     else attend_chunk<float, float>(a, token, rows, size, s, part);
   }
+}
+
+// Chunk `chunk` of a token.
+void attend_chunk(const MlaSparse& a, int64_t token, int chunk, int count, MlaScratch& s, float* part) {
+  const int32_t* rows = a.selection + token * a.num_selected + chunk * kRowsPerChunk;
+  const int size = std::min(kRowsPerChunk, count - chunk * kRowsPerChunk);
+  if (a.rounded == nullptr) return attend_rows(a, token, rows, size, s, part);
+  if (a.latents_are_bf16) widen_rows(a, rows, size, reinterpret_cast<uint16_t*>(s.rows.data()));
+  else widen_rows(a, rows, size, s.rows.data());
+  MlaSparse widened = a;
+  widened.latents = s.rows.data();
+  attend_rows(widened, token, s.order.data(), size, s, part);
 }
 
 void prepare_query(const MlaSparse& a, int64_t token, MlaScratch& s) {

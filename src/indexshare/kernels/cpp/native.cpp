@@ -97,7 +97,7 @@ void moe_experts(
   narrow_rows(sums, output);
 }
 
-// -> whether a score was NaN. page_table: int64 [P] of the sequence.
+// -> whether a score was NaN. page_table: int64 [P] of the sequence. Keys in uint8 are rounded rows.
 bool index_select(
     const Tensor& query, const Tensor& weights, const Tensor& keys, const Tensor& page_table, int64_t page_size, int64_t first_row,
     int64_t context, const Tensor& selection) {
@@ -107,6 +107,7 @@ bool index_select(
   a.weights = data<float>(weights);
   a.keys = keys.data_ptr();
   a.keys_are_bf16 = is_bf16(keys);
+  a.keys_are_rounded = keys.scalar_type() == ScalarType::Byte;
   a.page_table = page_table.numel() ? data<int64_t>(page_table) : nullptr;
   a.page_size = page_size;
   a.first_row = first_row;
@@ -133,12 +134,16 @@ void rms_norm_rows(const Tensor& x, const Tensor& weight, double eps, const Tens
   narrow_rows(wide, output);
 }
 
-void mla_sparse(const Tensor& query, const Tensor& latents, const Tensor& selection, double scale, const Tensor& output) {
+// group: 0, or numbers that share a scale in rounded rows.
+void mla_sparse(
+    const Tensor& query, const Tensor& latents, int64_t group, const Tensor& selection, double scale, const Tensor& output) {
+  const Pool rounded{mutable_data<uint8_t>(latents), query.size(2), is_bf16(query), int(group), output.size(2)};
   MlaSparse a{};
   a.query = query.data_ptr();
   a.query_is_bf16 = is_bf16(query);
   a.latents = latents.data_ptr();
-  a.latents_are_bf16 = is_bf16(latents);
+  a.rounded = group > 0 ? &rounded : nullptr;
+  a.latents_are_bf16 = is_bf16(group > 0 ? query : latents);
   a.selection = data<int32_t>(selection);
   a.num_tokens = query.size(0);
   a.num_selected = selection.size(1);
@@ -170,12 +175,13 @@ void rope_table(const Tensor& positions, double theta, const Tensor& cos, const 
 
 // hidden [T, D] -> output [T, D]. lengths: starts of the sequences (one more than there are), then contexts. caches: int64 [layers, 2], addresses of latents and index keys.
 // selections [n, T, K]: with n > 1 each layer that runs its indexer writes a new one, else the next replaces the last.
+// latent_group, key_group: 0, or numbers that share a scale in rounded rows.
 // seconds: fp64 [4], see Seconds; added to.
 // -> 1 + the number of the first layer with a NaN score, or 0.
 int64_t run_layers(
     const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& output, const Tensor& lengths,
-    const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, bool cache_is_bf16,
-    bool query_only, const Tensor& selections, const Tensor& seconds) {
+    const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, int64_t latent_group,
+    int64_t key_group, bool query_only, const Tensor& selections, const Tensor& seconds) {
   Step step{};
   step.geometry = data<Geometry>(geometry);
   step.num_tokens = hidden.size(0);
@@ -187,7 +193,7 @@ int64_t run_layers(
   step.page_size = page_size;
   step.cos = data<float>(cos);
   step.sin = data<float>(sin);
-  step.cache_is_bf16 = cache_is_bf16;
+  step.is_bf16 = is_bf16(hidden);
   step.query_only = query_only;
   step.num_selected = selections.size(2);
   const int64_t num_layers = layers.numel() / int64_t(sizeof(Layer)), one_selection = step.num_tokens * step.num_selected;
@@ -203,8 +209,9 @@ int64_t run_layers(
         step.selection = mutable_data<int32_t>(selections);
       }
       const int64_t* pools = data<int64_t>(caches) + 2 * i;
-      const CacheRow latents{reinterpret_cast<void*>(pools[0]), cache_is_bf16};
-      const CacheRow index_keys{reinterpret_cast<void*>(pools[1]), cache_is_bf16};
+      const Geometry& g = *step.geometry;
+      const Pool latents{reinterpret_cast<uint8_t*>(pools[0]), g.latent + g.rope, step.is_bf16, int(latent_group), g.latent};
+      const Pool index_keys{reinterpret_cast<uint8_t*>(pools[1]), g.index_dim, step.is_bf16, int(key_group), g.index_dim};
       LayerRun run(layer, step, latents, index_keys, arena(), *mutable_data<Seconds>(seconds));
       if (run.run(stream.data())) failed = i + 1;
     }
@@ -229,12 +236,12 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
   m.def(
       "index_select(Tensor query, Tensor weights, Tensor keys, Tensor page_table, int page_size, int first_row, "
       "int context, Tensor(a!) selection) -> bool");
-  m.def("mla_sparse(Tensor query, Tensor latents, Tensor selection, float scale, Tensor(a!) output) -> ()");
+  m.def("mla_sparse(Tensor query, Tensor latents, int group, Tensor selection, float scale, Tensor(a!) output) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) output) -> ()");
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
       "run_layers(Tensor geometry, Tensor layers, Tensor hidden, Tensor(a!) output, Tensor lengths, Tensor page_table, "
-      "int page_size, Tensor cos, Tensor sin, Tensor caches, bool cache_is_bf16, bool query_only, Tensor(b!) selections, Tensor(c!) seconds) -> int");
+      "int page_size, Tensor cos, Tensor sin, Tensor caches, int latent_group, int key_group, bool query_only, Tensor(b!) selections, Tensor(c!) seconds) -> int");
 }
 
 IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {

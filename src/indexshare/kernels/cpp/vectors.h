@@ -22,6 +22,7 @@ constexpr int kLanes = 16;
 typedef float Float16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Int16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Half16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Byte16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint32_t Word16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 ALWAYS_INLINE Float16 load(const float* p) { return *reinterpret_cast<const Float16*>(p); }
@@ -36,9 +37,14 @@ ALWAYS_INLINE float widen(uint16_t x) {
   return y;
 }
 ALWAYS_INLINE float widen(float x) { return x; }
+ALWAYS_INLINE float widen(int8_t x) { return x; }
 ALWAYS_INLINE Float16 load(const uint16_t* p) {
   Word16 bits = __builtin_convertvector(*reinterpret_cast<const Half16*>(p), Word16) << 16;
   return reinterpret_cast<Float16&>(bits);
+}
+
+ALWAYS_INLINE Float16 load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Byte16*>(p), Int16), Float16);
 }
 
 ALWAYS_INLINE Float16 larger(Float16 a, Float16 b) { return a > b ? a : b; }
@@ -104,7 +110,6 @@ void narrow_row(const float* x, int64_t count, Number* y) {
 
 // The low bytes of sixteen integers.
 ALWAYS_INLINE void store(int8_t* p, Int16 v) {
-  typedef int8_t Byte16 __attribute__((vector_size(16), aligned(1), may_alias));
   *reinterpret_cast<Byte16*>(p) = __builtin_convertvector(v, Byte16);
 }
 
