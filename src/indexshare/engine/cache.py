@@ -7,7 +7,9 @@ layers. A shared layer has no index keys: that is the memory IndexShare saves.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from indexshare import runtime
 from indexshare.errors import MemoryLimitError
 from indexshare.kernels.cache_formats import LATENT_GROUP, PLAIN, CacheFormats
 from indexshare.kernels.pool import Pool, QuantizedPool
@@ -99,14 +101,19 @@ class PagedCache:
         self.device = torch.device(device)
         num_rows = num_pages * page_size
 
+        def plain(width: int) -> Tensor:
+            if self.device.type != "cpu":
+                return torch.empty(num_rows, width, dtype=dtype, device=device)
+            return runtime.empty_bytes(num_rows * width * dtype.itemsize).view(dtype).view(num_rows, width)
+
         def latents() -> Pool:
             if formats.latents is None:
-                return torch.empty(num_rows, config.latent_dim, dtype=dtype, device=device)
+                return plain(config.latent_dim)
             return QuantizedPool.empty(num_rows, config.kv_lora_rank, config.qk_rope_head_dim, LATENT_GROUP, device)
 
         def index_keys() -> Pool:
             if formats.index_keys is None:
-                return torch.empty(num_rows, config.index_head_dim, dtype=dtype, device=device)
+                return plain(config.index_head_dim)
             return QuantizedPool.empty(num_rows, config.index_head_dim, 0, config.index_head_dim, device)
 
         layers = range(config.num_layers_with_mtp if with_mtp else config.num_hidden_layers)
