@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from indexshare.errors import KernelError
 from indexshare.kernels import ops, registry
@@ -166,3 +167,10 @@ def test_the_operations_of_the_model_are_registered() -> None:
         documentation = registry.get(name).__doc__
         assert documentation, f"{name}: shapes, dtypes and edge cases belong in the docstring"
     assert registry.get("rope") is ops.rope
+
+
+def test_specifications_run_without_twins() -> None:
+    calls = registry.hits["rope_table", "torch"]
+    with registry.specifications():
+        ops.rope_table(torch.arange(3), 4, 1e4)
+    assert registry.hits["rope_table", "torch"] == calls + 1

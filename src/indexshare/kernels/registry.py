@@ -24,6 +24,7 @@ _explanations: dict[str, str] = {}
 _operations: dict[str, "Operation[..., Any]"] = {}
 _watchers: list[Callable[["Call"], Any]] = []
 _timing_depth = 0
+_without_twins = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Operation(Generic[Arguments, Result]):
         return result
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Callable[..., Result]]:
-        if self.chosen == SPECIFICATION:
+        if self.chosen == SPECIFICATION or _without_twins:
             return SPECIFICATION, self.specification
         for twin in self.twins:
             if self.chosen is not None and twin.name != self.chosen:
@@ -154,6 +155,17 @@ def use(operation_name: str, twin_name: str) -> Generator[None]:
         yield
     finally:
         target.chosen = before
+
+
+@contextmanager
+def specifications() -> Generator[None]:
+    """Runs a block without twins: training, whose runs repeat bit for bit on machines with other kernels."""
+    global _without_twins
+    _without_twins += 1
+    try:
+        yield
+    finally:
+        _without_twins -= 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

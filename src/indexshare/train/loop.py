@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from indexshare.errors import ConfigError, TrainingError
+from indexshare.kernels import registry
 from indexshare.model.config import GlmConfig
 from indexshare.train.checkpoint import (
     list_checkpoints,
@@ -308,7 +309,7 @@ def _train_step(run: _Run, state: _State) -> dict[str, Any]:
     _select_trained(run, phase)
     device = next(model.parameters()).device.type
     batch = run.batches(state.step)
-    with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with registry.specifications(), torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
         losses = run.step_loss(model, batch, phase)
     total = float(losses.total.detach())
     recent = [] if state.step == 0 or phase is not recipe.phase_at(state.step - 1) else state.recent_losses
