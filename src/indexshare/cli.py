@@ -323,7 +323,7 @@ def evaluate(
     show(evaluation, render(evaluation), as_json)
 
 
-@app.command(help_epilogue="Examples:\n\n    indexshare demo\n    indexshare demo --tokens 131072 --html demo.html")
+@app.command(help_epilogue="Examples:\n\n    indexshare demo\n    indexshare demo --tokens 65536 --html demo.html")
 def demo(
     model: Model = "nano",
     /,
