@@ -2,9 +2,11 @@
 #
 #     make demo        the main job on the shipped model       make test        lint, types, levels, tests
 #     make nano        train the shipped model again           make test-slow   the slow tests; 1,000 examples of each property
-#     make lint        only the checks                         make clean       remove what these made
+#     make lint        only the checks                         make bench-check did a kernel become slower?
+#     make clean       remove what these made                  make sanitize    kernel tests under sanitizers (gcc)
 #
-# PYTHON=python3.12 picks the interpreter, WORKERS=4 the test processes, DEMO_ARGUMENTS="--tokens 16384" what `make demo` passes on.
+# PYTHON=python3.12 picks the interpreter, WORKERS=4 the test processes, DEMO_ARGUMENTS="--tokens 16384" what `make demo` passes on,
+# BENCH_ARGUMENTS=--update what `make bench-check` does.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGUMENTS ?=
+BENCH_ARGUMENTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -22,10 +25,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 
-.PHONY: help demo test test-slow lint nano clean
+.PHONY: help demo test test-slow lint nano bench-check sanitize clean
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 demo: $(RUNTIME)
 	@$(BIN)/indexshare demo $(DEMO_ARGUMENTS)
@@ -51,6 +54,20 @@ nano: export MALLOC_TOP_PAD_ = 67108864
 nano: $(RUNTIME)
 	@$(BIN)/indexshare train nano
 	@$(BIN)/indexshare eval runs/nano/model
+
+bench-check: $(DEVELOPMENT)
+	@$(BIN)/python benchmarks/bench_check.py $(BENCH_ARGUMENTS)
+
+# The tests that end in the C++ code, with kernels of every instruction set built for it in a cache of their own. Not those about
+# building itself. Output is not captured: a finding ends the process, and its report must not be lost.
+sanitize: export CXX = $(CURDIR)/tests/kernels/sanitizing_compiler
+sanitize: export INDEXSHARE_CACHE = $(CURDIR)/.kernels_cache/sanitized
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export UBSAN_OPTIONS = print_stacktrace=1
+sanitize: $(DEVELOPMENT)
+	@$(BIN)/python -c "from indexshare.kernels import native; list(map(native.build, native.runnable()))"
+	@LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/pytest --quiet --exitfirst --capture=no --timeout 900 -k "not build and not compiler" \
+	  tests/kernels/test_native.py tests/kernels/test_packed.py tests/kernels/test_index_select.py tests/kernels/test_pool.py tests/model/test_native.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
