@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.perf_counter()
     figures, ceilings = measure(cases, options.quick, progress, Patience(options.patience))
     machine = describe_machine()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(render(figures, ceilings, machine))
     warn_of_others(figures, progress)
     progress.print(f"measured in {time.perf_counter() - begun:.0f} s")
