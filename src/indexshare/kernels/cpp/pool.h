@@ -10,6 +10,15 @@ constexpr int64_t rounded_bytes(int64_t width, int group) {
   return (width + 7) / 8 * 8 + (width + group - 1) / group * int64_t(sizeof(GroupScale));
 }
 
+ALWAYS_INLINE void round_to(float* to, Float16 x) { store(to, x); }
+ALWAYS_INLINE void round_to(uint16_t* to, Float16 x) {
+#if defined(__AVX512BF16__)  // one instruction, which takes numbers below 2^-126 for zero
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  store(to, x);
+#endif
+}
+
 struct Pool {
   uint8_t* data;
   int64_t width;  // numbers in a row
@@ -44,7 +53,7 @@ struct Pool {
       const int64_t end = std::min(begin + group, rounded);
       const float scale = scales[begin / group].scale;
       int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) store(to + i, load(numbers + i) * scale);
+      for (; i + kLanes <= end; i += kLanes) round_to(to + i, load(numbers + i) * scale);
       for (; i < end; i++) narrow(numbers[i] * scale, to + i);
     }
     const uint16_t* plain = reinterpret_cast<const uint16_t*>(from + rounded_bytes(rounded, group));

@@ -44,7 +44,9 @@ ALWAYS_INLINE Float16 load(const uint16_t* p) {
 }
 
 ALWAYS_INLINE Float16 load(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Byte16*>(p), Int16), Float16);
+  typedef int16_t Short16 __attribute__((vector_size(32)));
+  const Short16 wide = __builtin_convertvector(*reinterpret_cast<const Byte16*>(p), Short16);  // GCC finds single steps
+  return __builtin_convertvector(__builtin_convertvector(wide, Int16), Float16);
 }
 
 ALWAYS_INLINE Float16 larger(Float16 a, Float16 b) { return a > b ? a : b; }
