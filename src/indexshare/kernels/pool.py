@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from indexshare import runtime
 from indexshare.kernels.cache_formats import plain_at, rounded_row_bytes, scales_at
 from indexshare.kernels.formats import round_groups
 
@@ -32,9 +33,13 @@ class QuantizedPool:
         cls, num_rows: int, rounded_dim: int, plain_dim: int, group_size: int, device: torch.device | str = "cpu"
     ) -> Self:
         """Rows that are uninitialised until written."""
-        size = (num_rows, rounded_row_bytes(rounded_dim, plain_dim, group_size))
+        row_bytes = rounded_row_bytes(rounded_dim, plain_dim, group_size)
+        if torch.device(device).type == "cpu":
+            data = runtime.empty_bytes(num_rows * row_bytes).view(num_rows, row_bytes)
+        else:
+            data = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
         return cls(
-            data=torch.empty(size, dtype=torch.uint8, device=device),
+            data=data,
             rounded_dim=rounded_dim,
             plain_dim=plain_dim,
             group_size=group_size,
