@@ -113,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start(threads: int | None) -> str | None:
     """Sets the threads and loads the kernels. Returns why there are none, or None."""
     torch.manual_seed(0)
-    torch.set_grad_enabled(False)
     runtime.set_threads(threads)
     return native.enable()
 
 
+@torch.no_grad()
 def check(cases: Sequence[Case], progress: Console) -> dict[str, str]:
     """Name of case -> what is wrong with its results; only the C++ kernels may take the calls."""
     wrong = {}
@@ -133,6 +133,7 @@ def check(cases: Sequence[Case], progress: Console) -> dict[str, str]:
     return wrong
 
 
+@torch.no_grad()
 def measure(
     cases: Sequence[Case], quick: bool, progress: Console, patience: Patience
 ) -> tuple[list[Figure], dict[str, float]]:
