@@ -146,7 +146,7 @@ def test_describe_says_what_runs_and_why(double: Operation[[int], int]) -> None:
 
 def test_the_operations_of_the_model_are_registered() -> None:
     names = set(registry.names())
-    assert names | {"decoder_layers"} == {choice.operation for choice in registry.describe(("cpu",))}
+    assert names | {"run_layers"} == {choice.operation for choice in registry.describe(("cpu",))}
     assert names == {
         "cache_write",
         "index_scores",

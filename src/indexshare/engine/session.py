@@ -82,16 +82,8 @@ class Session:
         Raises RequestError for no tokens, an id outside the vocabulary or a sequence longer than the model's positions,
         MemoryLimitError when the cache is too small; the session is then as it was before.
         """
-        last = None
-
-        def keep(hidden: Tensor, start: int) -> None:
-            nonlocal last
-            last = hidden[-1:]
-
-        self._read(self._checked(token_ids), keep, chunk_size=chunk_size, progress=progress)
-        assert last is not None
-        self._last_logits = self._logits(last)[0]
-        return self._last_logits
+        self._read(self._checked(token_ids), None, chunk_size=chunk_size, progress=progress)
+        return self._logits_now()
 
     def decode(self, token_id: int) -> Tensor:
         """Read one token. Returns the logits [vocab] fp32 after it."""
@@ -111,18 +103,13 @@ class Session:
         """
         tokens = self._checked(token_ids)
         pieces = [torch.empty(0)]
-        last = None
         if self.context_length > 0:
             pieces.append(_log_probabilities(self._logits_now()[None], tokens[:1]).cpu())
 
         def score(hidden: Tensor, start: int) -> None:
-            nonlocal last
-            last = hidden[-1:]
             pieces.append(self._score(hidden, tokens[start + 1 : start + 1 + len(hidden)]).cpu())
 
         self._read(tokens, score, chunk_size=chunk_size, progress=progress)
-        assert last is not None
-        self._last_logits = self._logits(last)[0]
         return torch.cat(pieces)
 
     def logits(self, token_ids: Sequence[int] | Tensor, *, chunk_size: int = LOGITS_CHUNK) -> Iterator[Tensor]:
@@ -249,29 +236,42 @@ class Session:
         return self._last_logits
 
     def _read(
-        self, tokens: list[int], on_chunk: Callable[[Tensor, int], None], *, chunk_size: int, progress: Progress | None
+        self,
+        tokens: list[int],
+        on_chunk: Callable[[Tensor, int], None] | None,
+        *,
+        chunk_size: int,
+        progress: Progress | None,
     ) -> None:
-        """Read tokens chunk by chunk; on_chunk(hidden [chunk, hidden_size], offset of the chunk in `tokens`)."""
+        """Read tokens chunk by chunk; on_chunk(hidden [chunk, hidden_size], offset of the chunk in `tokens`).
+
+        The logits after the last token are kept.
+        """
         check_integer("chunk_size", chunk_size, 1, 2**31 - 1)
         length_before = self.context_length
         self._reserve(length_before + len(tokens))
         try:
             for start in range(0, len(tokens), chunk_size):
                 chunk = tokens[start : start + chunk_size]
-                hidden = self._forward(chunk)
+                hidden, self._last_logits = self._forward(chunk, wants_logits=start + chunk_size >= len(tokens))
                 self._token_ids += chunk
-                on_chunk(hidden, start)
+                if on_chunk is not None:
+                    on_chunk(hidden, start)
                 if progress is not None:
                     progress(start + len(chunk), len(tokens))
         except BaseException:  # an interrupt in the middle of a read leaves the session as it was before it
             del self._token_ids[length_before:]
             self._keep_pages(length_before)
+            self._last_logits = None
             raise
 
     @torch.inference_mode()
-    def _forward(self, token_ids: Sequence[int], trace: Trace | None = None) -> Tensor:
-        """Hidden states [T, hidden_size] of new tokens, which are in the cache afterwards."""
-        return self._model(self._batch(token_ids, self.context_length, trace))
+    def _forward(
+        self, token_ids: Sequence[int], trace: Trace | None = None, *, wants_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [T, hidden_size] of new tokens, which are in the cache afterwards, and logits after the last."""
+        batch = self._batch(token_ids, self.context_length, trace)
+        return self._model.next_logits(batch) if wants_logits else (self._model(batch), None)
 
     def _batch(self, token_ids: Sequence[int], position: int, trace: Trace | None = None) -> ForwardBatch:
         """Tokens at `position` and after it; the keys end with the last of them."""

@@ -127,7 +127,7 @@ class SpeculativeSession(Session):
         `token_ids` does not change: the caller appends what it has handed out. Rows of rejected tokens are overwritten.
         """
         draft_ids, draft_probabilities = self._draft(token_id, sampler, num_draft_tokens)
-        hidden = super()._forward((token_id, *draft_ids))
+        hidden, _ = super()._forward((token_id, *draft_ids))
         logits = self._logits(hidden)
         target = torch.stack([sampler.probabilities(row, ahead=draft_ids[:j]) for j, row in enumerate(logits)])
         num_accepted, next_id = accept_draft(target, draft_probabilities, draft_ids, sampler.generator)
@@ -156,14 +156,16 @@ class SpeculativeSession(Session):
         return draft_ids, torch.cat(rows)
 
     @torch.inference_mode()
-    def _forward(self, token_ids: Sequence[int], trace: Trace | None = None) -> Tensor:
+    def _forward(
+        self, token_ids: Sequence[int], trace: Trace | None = None, *, wants_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         waiting = self._waiting_hidden()
-        hidden = super()._forward(token_ids, trace)
+        hidden, logits = super()._forward(token_ids, trace, wants_logits=wants_logits)
         rows = torch.cat((waiting, hidden))
         if len(rows) > 1:
             self._write(rows[:-1], token_ids)
         self._waiting, self._waiting_from = rows[-1:], self.context_length + len(token_ids) - 1
-        return hidden
+        return hidden, logits
 
     def _write(self, hidden: Tensor, following: Sequence[int]) -> tuple[Tensor, Selection]:
         """The MTP layer's rows from _waiting_from on; `following` are the tokens after those in the cache.
@@ -185,6 +187,6 @@ class SpeculativeSession(Session):
             return self._nothing
         last = self._token_ids.pop()
         try:
-            return super()._forward((last,))
+            return super()._forward((last,))[0]
         finally:
             self._token_ids.append(last)

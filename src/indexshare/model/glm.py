@@ -8,7 +8,7 @@ Sources: released config and tensors of GLM-5.2; GLM-5 (arXiv 2602.15763) for ML
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -303,25 +303,47 @@ class DecoderLayer(nn.Module):
 
 @dataclass(slots=True, eq=False)
 class LayerStack:
-    """Layers that run one after the other. packed: their weights as a twin of `decoder_layers` reads them."""
+    """Layers that run one after the other, and what stands before and after them.
 
+    embedding: None where hidden states come in (MTP). packed: the weights as a twin of `run_layers` reads them.
+    """
+
+    config: GlmConfig
     layers: tuple[DecoderLayer, ...]
-    topk: int
+    norm: RMSNorm
+    head: Linear
+    embedding: Embedding | None = None
     packed: Any = None
 
 
+class StackOutput(NamedTuple):
+    """hidden [T, D] after the norm, the last selection, fp32 logits [n, vocabulary] after the last n tokens."""
+
+    hidden: Tensor
+    selected: Selection
+    logits: Tensor | None
+
+
 @composite
-def decoder_layers(
-    stack: LayerStack, hidden_TD: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
-) -> tuple[Tensor, Selection]:
-    """Hidden states through all layers. IndexShare is the value `selected` of this loop.
+def run_layers(
+    stack: LayerStack, inputs: Tensor, selected: Selection | None, batch: ForwardBatch, num_logits: int
+) -> StackOutput:
+    """Token ids int64 [T], or hidden states [T, D], through all layers. IndexShare is the value `selected` of this loop.
 
     A full layer replaces it, a shared layer passes it on.
     """
+    hidden = inputs if stack.embedding is None else stack.embedding(inputs)
+    rope = RopeTable(batch.positions, stack.config, hidden.dtype)
     for layer in stack.layers:
-        hidden_TD, selected = layer(hidden_TD, selected, batch, rope)
+        hidden, selected = layer(hidden, selected, batch, rope)
     assert selected is not None
-    return hidden_TD, selected
+    hidden = stack.norm(hidden)
+    return StackOutput(hidden, selected, _logits(stack.head, hidden[-num_logits:]) if num_logits > 0 else None)
+
+
+def _logits(head: Linear, hidden: Tensor) -> Tensor:
+    logits = head(hidden)
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class SharedHead(nn.Module):
@@ -364,20 +386,23 @@ class GlmForCausalLM(nn.Module):
         self.model = GlmModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         layers: tuple[Any, ...] = tuple(self.model.layers)
-        self.stack = LayerStack(layers[: config.num_hidden_layers], config.index_topk)
-        self.mtp_stack = LayerStack(layers[config.num_hidden_layers :], config.index_topk)
+        main, mtp = layers[: config.num_hidden_layers], layers[config.num_hidden_layers :]
+        self.stack = LayerStack(config, main, self.model.norm, self.lm_head, self.model.embed_tokens)
+        self.mtp_stack = LayerStack(config, mtp, mtp[0].shared_head.norm, self.lm_head) if mtp else None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """token ids -> hidden [T, D] after the final norm."""
-        hidden = self.model.embed_tokens(batch.token_ids)
-        rope = RopeTable(batch.positions, self.config, hidden.dtype)
-        hidden, _ = decoder_layers(self.stack, hidden, None, batch, rope)
-        return self.model.norm(hidden)
+        return run_layers(self.stack, batch.token_ids, None, batch, 0).hidden
+
+    def next_logits(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """token ids -> hidden [T, D] after the final norm, and fp32 logits [vocabulary] after the last token."""
+        hidden, _, logits = run_layers(self.stack, batch.token_ids, None, batch, 1)
+        assert logits is not None
+        return hidden, logits[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after its norm -> fp32 logits [..., vocabulary]."""
-        logits = self.lm_head(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return _logits(self.lm_head, hidden)
 
     def mtp(
         self, hidden: Tensor, next_token_ids: Tensor, batch: ForwardBatch, selected: Selection | None = None
@@ -389,13 +414,12 @@ class GlmForCausalLM(nn.Module):
         Later draft steps give `selected`, the choice of the first, and a query-only batch: a draft sees neither itself
         nor other drafted tokens (IndexShare for MTP, GLM-5.2 blog).
         """
-        assert self.mtp_stack.layers, "this checkpoint has no MTP layer"
+        assert self.mtp_stack is not None, "this checkpoint has no MTP layer"
         layer = self.mtp_stack.layers[0]
         assert isinstance(layer, MtpLayer)
         joined = torch.cat((layer.enorm(self.model.embed_tokens(next_token_ids)), layer.hnorm(hidden)), dim=-1)
-        rope = RopeTable(batch.positions, self.config, hidden.dtype)
-        output, selected = decoder_layers(self.mtp_stack, layer.eh_proj(joined), selected, batch, rope)
-        return layer.shared_head.norm(output), selected
+        output = run_layers(self.mtp_stack, layer.eh_proj(joined), selected, batch, 0)
+        return output.hidden, output.selected
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -30,8 +30,8 @@ from indexshare.model.glm import (
     Linear,
     MixtureOfExperts,
     Mlp,
-    RopeTable,
-    decoder_layers,
+    StackOutput,
+    run_layers,
     weights_of,
 )
 
@@ -69,16 +69,30 @@ class Layer(ctypes.Structure):
     )
 
 
+class Model(ctypes.Structure):
+    """`struct Model`: a stack of layers and what stands before and after them."""
+
+    _fields_ = (
+        ("geometry", Geometry),
+        ("layers", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("embedding", ctypes.c_void_p),
+        ("vocab", ctypes.c_int64),
+        ("norm", Norm),
+        ("head", Matrix),
+        ("rope_theta", ctypes.c_double),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedLayers:
-    """The layers of a stack as the kernels read them. owned: every tensor that they point to.
+    """A stack as the kernels read it. model: `struct Model`. owned: everything that it points to.
 
     seconds: what a call has spent on the operations TIMED.
     """
 
     operators: Any
-    geometry: Tensor
-    layers: Tensor
+    model: Tensor
     numbers: tuple[int, ...]
     num_indexers: int
     dtype: torch.dtype
@@ -103,14 +117,17 @@ def pack_model(model: GlmForCausalLM) -> str | None:
         elif isinstance(part, Experts):
             _replace(operators, part, "gate_up_proj")
             _replace(operators, part, "down_proj")
-    for stack in (model.stack, model.mtp_stack):
-        if stack.layers:
-            stack.packed = _pack_stack(operators, model.config, stack.layers)
+    for stack in _stacks(model):
+        stack.packed = _pack_stack(operators, stack)
     return None
 
 
+def _stacks(model: GlmForCausalLM) -> list[LayerStack]:
+    return [stack for stack in (model.stack, model.mtp_stack) if stack is not None]
+
+
 def _attentions(model: GlmForCausalLM) -> list[Attention]:
-    return [layer.self_attn for stack in (model.stack, model.mtp_stack) for layer in stack.layers]
+    return [layer.self_attn for stack in _stacks(model) for layer in stack.layers]
 
 
 def _refusal(model: GlmForCausalLM) -> str | None:
@@ -143,30 +160,42 @@ def _replace(operators: Any, module: nn.Module, name: str) -> None:
     setattr(module, name, packed)
 
 
-def _pack_stack(operators: Any, config: GlmConfig, layers: tuple[DecoderLayer, ...]) -> PackedLayers:
+def _pack_stack(operators: Any, stack: LayerStack) -> PackedLayers:
     owned: list[object] = []
+    config, layers, head = stack.config, stack.layers, stack.head.weight
     array = (Layer * len(layers))(*(_pack_layer(operators, config, layer, owned) for layer in layers))
-    geometry = Geometry(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        query_rank=config.q_lora_rank,
-        latent=config.kv_lora_rank,
-        nope=config.qk_nope_head_dim,
-        rope=config.qk_rope_head_dim,
-        value=config.v_head_dim,
-        index_heads=config.index_n_heads,
-        index_dim=config.index_head_dim,
-        interleaved=config.rope_interleave,
-        index_interleaved=config.indexer_rope_interleave,
-        norm_eps=config.rms_norm_eps,
-        latent_norm_eps=config.latent_norm_eps,
-        key_norm_eps=INDEX_KEY_NORM_EPS,
-        scale=config.qk_head_dim**-0.5,
+    owned.append(array)
+    assert isinstance(head, PackedWeight), "projections are packed first"
+    model = Model(
+        geometry=Geometry(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            query_rank=config.q_lora_rank,
+            latent=config.kv_lora_rank,
+            nope=config.qk_nope_head_dim,
+            rope=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            index_heads=config.index_n_heads,
+            index_dim=config.index_head_dim,
+            interleaved=config.rope_interleave,
+            index_interleaved=config.indexer_rope_interleave,
+            norm_eps=config.rms_norm_eps,
+            latent_norm_eps=config.latent_norm_eps,
+            key_norm_eps=INDEX_KEY_NORM_EPS,
+            scale=config.qk_head_dim**-0.5,
+        ),
+        layers=ctypes.addressof(array),
+        num_layers=len(layers),
+        embedding=None if stack.embedding is None else stack.embedding.weight.data_ptr(),
+        vocab=config.vocab_size,
+        norm=_norm(stack.norm, owned),
+        head=head.matrix,
+        rope_theta=config.rope_theta,
     )
+    owned.append((head, stack.embedding))
     return PackedLayers(
         operators=operators,
-        geometry=as_tensor(geometry),
-        layers=as_tensor(array),
+        model=as_tensor(model),
         numbers=tuple(layer.self_attn.layer for layer in layers),
         num_indexers=sum(layer.self_attn.indexer is not None for layer in layers),
         dtype=layers[0].input_layernorm.weight.dtype,
@@ -175,13 +204,14 @@ def _pack_stack(operators: Any, config: GlmConfig, layers: tuple[DecoderLayer, .
     )
 
 
-def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: list[object]) -> Layer:
-    def norm(module: nn.Module) -> Norm:
-        tensors = [getattr(module, name, None) for name in ("weight", "bias")]
-        wide = [None if tensor is None else tensor.detach().float().contiguous() for tensor in tensors]
-        owned.append(wide)
-        return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
+def _norm(module: nn.Module, owned: list[object]) -> Norm:
+    tensors = [getattr(module, name, None) for name in ("weight", "bias")]
+    wide = [None if tensor is None else tensor.detach().float().contiguous() for tensor in tensors]
+    owned.append(wide)
+    return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
 
+
+def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: list[object]) -> Layer:
     def matrix(weight: Tensor | PackedWeight) -> Matrix:
         packed = weight if isinstance(weight, PackedWeight) else pack(operators, weight.detach())
         owned.append(packed)
@@ -190,10 +220,10 @@ def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: l
     attention, mlp = layer.self_attn, layer.mlp
     kv_b = attention.kv_b().detach()
     packed = Layer(
-        input_norm=norm(layer.input_layernorm),
-        query_norm=norm(attention.q_a_layernorm),
-        latent_norm=norm(attention.kv_a_layernorm),
-        mlp_norm=norm(layer.post_attention_layernorm),
+        input_norm=_norm(layer.input_layernorm, owned),
+        query_norm=_norm(attention.q_a_layernorm, owned),
+        latent_norm=_norm(attention.kv_a_layernorm, owned),
+        mlp_norm=_norm(layer.post_attention_layernorm, owned),
         q_a=matrix(attention.q_a_proj.weight),
         q_b=matrix(attention.q_b_proj.weight),
         kv_a=matrix(attention.kv_a_proj_with_mqa.weight),
@@ -202,7 +232,7 @@ def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: l
         output=matrix(attention.o_proj.weight),
     )
     if (indexer := attention.indexer) is not None:
-        packed.key_norm = norm(indexer.k_norm)
+        packed.key_norm = _norm(indexer.k_norm, owned)
         packed.index_query = matrix(indexer.wq_b.weight)
         packed.index_key = matrix(indexer.wk.weight)
         packed.index_weights = matrix(indexer.weights_proj.weight)
@@ -221,44 +251,45 @@ def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: l
 
 
 def _supports(
-    stack: LayerStack, hidden: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
+    stack: LayerStack, inputs: Tensor, selected: Selection | None, batch: ForwardBatch, num_logits: int
 ) -> str | None:
-    if stack.packed is None:
+    packed, cache = stack.packed, batch.cache
+    if packed is None:
         return "the weights are not packed (`indexshare.load` packs them on a CPU)"
-    if batch.cache is None or batch.layout.page_table is None:
+    if cache is None or batch.layout.page_table is None:
         return "there is no cache: this is training"
     if batch.attention != "sparse":
         return "attention is dense"
-    if hidden.dtype != stack.packed.dtype or not batch.cache.dtypes <= {hidden.dtype}:
-        caches = ", ".join(map(str, batch.cache.dtypes))
-        return f"activations are {hidden.dtype}, caches {caches}, weights packed for {stack.packed.dtype}"
+    if not cache.dtypes <= {packed.dtype} or (stack.embedding is None and inputs.dtype != packed.dtype):
+        caches = ", ".join(map(str, cache.dtypes))
+        return f"caches are {caches}, inputs {inputs.dtype}, weights packed for {packed.dtype}"
     return None
 
 
 def _run(
-    stack: LayerStack, hidden: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
-) -> tuple[Tensor, Selection]:
-    packed, layout, cache = stack.packed, batch.layout, batch.cache
+    stack: LayerStack, inputs: Tensor, selected: Selection | None, batch: ForwardBatch, num_logits: int
+) -> StackOutput:
+    packed, layout, cache, config = stack.packed, batch.layout, batch.cache, stack.config
     assert packed is not None and cache is not None and layout.page_table is not None
-    num_tokens, sees_all = len(hidden), layout.max_context <= stack.topk
+    num_tokens, max_context = len(inputs), layout.max_context
     if not batch.query_only:
         keeps_all = packed.num_indexers if batch.trace is not None else 1
-        rows = torch.empty(keeps_all, num_tokens, min(stack.topk, layout.max_context), dtype=torch.int32)
+        rows = torch.empty(keeps_all, num_tokens, min(config.index_topk, max_context), dtype=torch.int32)
     elif selected is not None and selected.rows is not None:
         rows = selected.rows[None].contiguous()
     else:
         rows = torch.stack([layout.rows(0)] * num_tokens)[None].to(torch.int32)
-    output = torch.empty_like(hidden)
-    failed = packed.operators.run_layers(
-        packed.geometry,
-        packed.layers,
+    hidden = torch.empty(num_tokens, config.hidden_size, dtype=packed.dtype)
+    logits = torch.empty(num_logits, config.vocab_size)
+    failed = packed.operators.run_model(
+        packed.model,
+        inputs,
+        batch.positions,
         hidden,
-        output,
+        logits,
         layout.starts_and_contexts,
         layout.page_table,
         layout.page_size,
-        rope.cos,
-        rope.sin,
         cache.addresses(packed.numbers),
         *cache.group_sizes,
         batch.query_only,
@@ -267,13 +298,16 @@ def _run(
     )
     if registry.is_timing():
         registry.add_seconds(dict(zip(TIMED, packed.seconds.tolist(), strict=True)))
-    packed.seconds.zero_()
-    if failed:
+        packed.seconds.zero_()
+    if failed < 0:
+        raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}")
+    if failed > 0:
         raise KernelError(f"layer {packed.numbers[failed - 1]}: {ops.NAN_SCORES}")
+    sees_all = max_context <= config.index_topk
     if batch.trace is not None:
         full = [layer.self_attn.layer for layer in stack.layers if layer.self_attn.indexer is not None]
         batch.trace.selections.update((layer, None if sees_all else rows[i]) for i, layer in enumerate(full))
-    return output, Selection(None if sees_all else rows[-1])
+    return StackOutput(hidden, Selection(None if sees_all else rows[-1]), logits if num_logits > 0 else None)
 
 
 @functools.cache
@@ -288,5 +322,5 @@ def enable() -> str | None:
             supports=_supports,
             note=f"all layers in one call ({native.instruction_set()}); else operation by operation",
         )
-        registry.register(decoder_layers.name, twin)
+        registry.register(run_layers.name, twin)
     return reason

@@ -10,6 +10,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "mla_sparse.h"
+#include "model.h"
 #include "moe.h"
 
 using torch::headeronly::ScalarType;
@@ -53,7 +54,7 @@ Arena& arena() {
   return shared;
 }
 
-int64_t structure_size(int64_t which) { return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : sizeof(Geometry); }
+int64_t structure_size(int64_t which) { return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : sizeof(Model); }
 
 // matrix: the structure, whose data and scales are not read. weight in the format's own numbers -> packed bytes.
 void pack_weight(const Tensor& weight, const Tensor& matrix, const Tensor& packed) {
@@ -155,35 +156,24 @@ void mla_sparse(
   mla_sparse_all(a);
 }
 
-// positions int64 [T] -> cos and sin fp32 [T, rope/2]; angles in fp64, as the specification has them.
+// positions int64 [T] -> cos and sin fp32 [T, rope/2].
 void rope_table(const Tensor& positions, double theta, const Tensor& cos, const Tensor& sin) {
-  const int64_t half = cos.size(1);
-  std::vector<double> frequencies(half);
-  for (int64_t i = 0; i < half; i++) frequencies[i] = std::pow(theta, -double(2 * i) / double(2 * half));
-  const int64_t* position = data<int64_t>(positions);
-  float *of_cos = mutable_data<float>(cos), *of_sin = mutable_data<float>(sin);
-  for_each_run(positions.numel(), 64, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++) {
-      for (int64_t i = 0; i < half; i++) {
-        const double angle = double(position[t]) * frequencies[i];
-        of_cos[t * half + i] = float(std::cos(angle));
-        of_sin[t * half + i] = float(std::sin(angle));
-      }
-    }
-  });
+  fill_rope_table(data<int64_t>(positions), positions.numel(), theta, cos.size(1), mutable_data<float>(cos), mutable_data<float>(sin));
 }
 
-// hidden [T, D] -> output [T, D]. lengths: starts of the sequences (one more than there are), then contexts. caches: int64 [layers, 2], addresses of latents and index keys.
+// inputs: token ids int64 [T], or hidden states [T, D] where the model has no embedding. -> hidden [T, D] after the last norm,
+// and logits fp32 [n, vocab] after the last n tokens. lengths: starts of the sequences (one more than there are), then
+// contexts. caches: int64 [layers, 2], addresses of latents and index keys.
 // selections [n, T, K]: with n > 1 each layer that runs its indexer writes a new one, else the next replaces the last.
-// latent_group, key_group: 0, or numbers that share a scale in rounded rows.
-// seconds: fp64 [4], see Seconds; added to.
-// -> 1 + the number of the first layer with a NaN score, or 0.
-int64_t run_layers(
-    const Tensor& geometry, const Tensor& layers, const Tensor& hidden, const Tensor& output, const Tensor& lengths,
-    const Tensor& page_table, int64_t page_size, const Tensor& cos, const Tensor& sin, const Tensor& caches, int64_t latent_group,
-    int64_t key_group, bool query_only, const Tensor& selections, const Tensor& seconds) {
+// latent_group, key_group: 0, or numbers that share a scale in rounded rows. seconds: fp64 [4], see Seconds; added to.
+// -> as ModelRun::run.
+int64_t run_model(
+    const Tensor& model, const Tensor& inputs, const Tensor& positions, const Tensor& hidden, const Tensor& logits, const Tensor& lengths,
+    const Tensor& page_table, int64_t page_size, const Tensor& caches, int64_t latent_group, int64_t key_group, bool query_only,
+    const Tensor& selections, const Tensor& seconds) {
+  const Model& m = *data<Model>(model);
   Step step{};
-  step.geometry = data<Geometry>(geometry);
+  step.geometry = &m.geometry;
   step.num_tokens = hidden.size(0);
   step.num_sequences = page_table.size(0);
   step.starts = data<int64_t>(lengths);
@@ -191,33 +181,12 @@ int64_t run_layers(
   step.page_table = data<int64_t>(page_table);
   step.pages_per_sequence = page_table.size(1);
   step.page_size = page_size;
-  step.cos = data<float>(cos);
-  step.sin = data<float>(sin);
   step.is_bf16 = is_bf16(hidden);
   step.query_only = query_only;
   step.num_selected = selections.size(2);
-  const int64_t num_layers = layers.numel() / int64_t(sizeof(Layer)), one_selection = step.num_tokens * step.num_selected;
-  std::vector<float> stream(hidden.numel());
-  widen_rows(hidden, stream.data());
-  int64_t next = 0, failed = 0;
-  Team::lead([&] {
-    for (int64_t i = 0; i < num_layers && failed == 0; i++) {
-      const Layer& layer = data<Layer>(layers)[i];
-      if (layer.index_query.data != nullptr && !query_only) {
-        step.selection = mutable_data<int32_t>(selections) + (selections.size(0) > 1 ? next++ : 0) * one_selection;
-      } else if (step.selection == nullptr) {
-        step.selection = mutable_data<int32_t>(selections);
-      }
-      const int64_t* pools = data<int64_t>(caches) + 2 * i;
-      const Geometry& g = *step.geometry;
-      const Pool latents{reinterpret_cast<uint8_t*>(pools[0]), g.latent + g.rope, step.is_bf16, int(latent_group), g.latent};
-      const Pool index_keys{reinterpret_cast<uint8_t*>(pools[1]), g.index_dim, step.is_bf16, int(key_group), g.index_dim};
-      LayerRun run(layer, step, latents, index_keys, arena(), *mutable_data<Seconds>(seconds));
-      if (run.run(stream.data())) failed = i + 1;
-    }
-    if (failed == 0) narrow_rows(stream.data(), output);
-  });
-  return failed;
+  const ModelRun::Result result{hidden.data_ptr(), mutable_data<float>(logits), logits.size(0), mutable_data<int32_t>(selections), selections.size(0)};
+  ModelRun run(m, step, data<int64_t>(caches), int(latent_group), int(key_group), arena(), *mutable_data<Seconds>(seconds));
+  return run.run(inputs.data_ptr(), data<int64_t>(positions), result);
 }
 
 }  // namespace
@@ -240,8 +209,9 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) output) -> ()");
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
-      "run_layers(Tensor geometry, Tensor layers, Tensor hidden, Tensor(a!) output, Tensor lengths, Tensor page_table, "
-      "int page_size, Tensor cos, Tensor sin, Tensor caches, int latent_group, int key_group, bool query_only, Tensor(b!) selections, Tensor(c!) seconds) -> int");
+      "run_model(Tensor model, Tensor inputs, Tensor positions, Tensor(a!) hidden, Tensor(b!) logits, Tensor lengths, "
+      "Tensor page_table, int page_size, Tensor caches, int latent_group, int key_group, bool query_only, "
+      "Tensor(c!) selections, Tensor(d!) seconds) -> int");
 }
 
 IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
@@ -253,7 +223,7 @@ IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
   m.impl("mla_sparse", TORCH_BOX(&mla_sparse));
   m.impl("rms_norm", TORCH_BOX(&rms_norm_rows));
   m.impl("rope_table", TORCH_BOX(&rope_table));
-  m.impl("run_layers", TORCH_BOX(&run_layers));
+  m.impl("run_model", TORCH_BOX(&run_model));
 }
 #define CATCH_ALL_OF(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CompositeExplicitAutograd, m)
 CATCH_ALL_OF(INDEXSHARE_OPERATORS, m) { m.impl("structure_size", TORCH_BOX(&structure_size)); }

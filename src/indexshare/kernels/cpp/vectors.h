@@ -110,6 +110,20 @@ void narrow_row(const float* x, int64_t count, Number* y) {
   for (; i < count; i++) narrow(x[i], y + i);
 }
 
+// To the nearest bfloat16.
+void round_row(float* x, int64_t count) {
+  int64_t i = 0;
+  uint16_t narrowed[kLanes];
+  for (; i + kLanes <= count; i += kLanes) {
+    store(narrowed, load(x + i));
+    store(x + i, load(narrowed));
+  }
+  for (; i < count; i++) {
+    narrow(x[i], narrowed);
+    x[i] = widen(narrowed[0]);
+  }
+}
+
 // The low bytes of sixteen integers.
 ALWAYS_INLINE void store(int8_t* p, Int16 v) {
   *reinterpret_cast<Byte16*>(p) = __builtin_convertvector(v, Byte16);
