@@ -296,7 +296,7 @@ def _moe_experts_case(name: str, num_tokens: int) -> Case:
     def prepare() -> list[Run]:
         num_stacks = math.ceil(far_bytes() / (expert_bytes * config.n_routed_experts)) if num_tokens == 1 else 1
         gate_up, down = (random_weight(name, (config.n_routed_experts, *shape)) for shape in shapes)
-        stacks = [(_packed(gate_up), _packed(down)) for _ in range(num_stacks)]
+        stacks = [(_packed(gate_up, pieces=2), _packed(down)) for _ in range(num_stacks)]
         hidden = torch.randn(num_tokens, size).bfloat16()
         gates = torch.full((num_tokens, chosen), 1 / chosen)
         experts = _experts_in_turn(config.n_routed_experts, num_tokens, chosen)
@@ -326,7 +326,7 @@ def _check_moe_experts(name: str, num_tokens: int) -> str | None:
     num_tokens = min(num_tokens, 100)
     hidden, gates = torch.randn(num_tokens, 200).bfloat16(), torch.rand(num_tokens, 2)
     experts = torch.stack([torch.randperm(6)[:2] for _ in range(num_tokens)])
-    found = ops.moe_experts(hidden, experts, gates, _packed(gate_up), _packed(down))
+    found = ops.moe_experts(hidden, experts, gates, _packed(gate_up, pieces=2), _packed(down))
     plain = _wide_weight(gate_up), _wide_weight(down)
     return _judge(found, ops.moe_experts.specification(hidden.float(), experts, gates, *plain), torch.bfloat16)
 
@@ -347,8 +347,8 @@ def random_weight(name: str, shape: tuple[int, ...]) -> Tensor | QuantizedWeight
     return QuantizedWeight(format=number_format, data=data, scales=scales, group_size=group_size, shape=shape)
 
 
-def _packed(weight: Tensor | QuantizedWeight) -> PackedWeight:
-    return pack(native.load(native.instruction_set()), weight)
+def _packed(weight: Tensor | QuantizedWeight, *, pieces: int = 1) -> PackedWeight:
+    return pack(native.load(native.instruction_set()), weight, pieces=pieces)
 
 
 def _wide_weight(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:

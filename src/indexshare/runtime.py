@@ -28,6 +28,7 @@ PREFIX = "INDEXSHARE_"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
 MIB = 1024 * 1024
+CACHE_LINE = 64
 HUGE_PAGE, ADVISE_HUGE_PAGES = 2 * MIB, 14  # madvise; a kernel that knows no such pages refuses, which is fine
 
 
@@ -149,6 +150,24 @@ def empty_bytes(count: int) -> torch.Tensor:
     aligned = whole[-whole.data_ptr() % HUGE_PAGE :][:count]
     ctypes.CDLL(None).madvise(ctypes.c_void_p(aligned.data_ptr()), ctypes.c_size_t(count), ADVISE_HUGE_PAGES)
     return aligned
+
+
+class Slab:
+    """Uninitialised memory for many small tables, side by side in pages of 2 MiB; freed when the last one is gone."""
+
+    def __init__(self, num_bytes: int = 16 * HUGE_PAGE) -> None:
+        self._num_bytes = num_bytes
+        self._rest: torch.Tensor | None = None
+
+    def empty(self, count: int) -> torch.Tensor:
+        """uint8 [count], as from `empty_bytes`."""
+        if count >= HUGE_PAGE:
+            return empty_bytes(count)
+        size = -(-count // CACHE_LINE) * CACHE_LINE
+        if self._rest is None or len(self._rest) < size:
+            self._rest = empty_bytes(self._num_bytes)
+        table, self._rest = self._rest[:count], self._rest[size:]
+        return table
 
 
 def available_memory_bytes(device: str = "cpu") -> int:

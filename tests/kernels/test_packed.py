@@ -64,6 +64,13 @@ def test_unpacking_gives_the_weight_back(operators: object, name: str, shape: tu
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(32, 8), (3, 160, 40), (2, 2 * 128, 257)])
+def test_unpacking_puts_pieces_together(operators: object, name: str, shape: tuple[int, ...]) -> None:
+    weight = weight_of(name, shape, 32)
+    assert same(pack(operators, weight, pieces=2).plain(), weight)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("num_rows", "width"), [(16, 8), (40, 24), (130, 257), (200, 512), (7, 1100)])
 def test_products_are_those_of_the_specification(operators: object, name: str, num_rows: int, width: int) -> None:
     """Every number of tokens up to three tiles and a task, outputs and inputs that fill no block."""
@@ -128,11 +135,11 @@ def test_experts_are_those_of_the_specification(operators: object, name: str, nu
     x = torch.randn(num_tokens, hidden).to(BF16 if name in ("bfloat16", "fp8") else FP32)
     experts = torch.stack([torch.randperm(num_experts - 1)[:2] for _ in range(num_tokens)])  # one is never chosen
     gates = torch.rand(num_tokens, 2)
-    found = ops.moe_experts(x, experts, gates, pack(operators, gate_up), pack(operators, down))
+    found = ops.moe_experts(x, experts, gates, pack(operators, gate_up, pieces=2), pack(operators, down))
     expected = ops.moe_experts.specification(x, experts, gates, gate_up, down)
     # Between the steps bfloat16 is rounded at other places, and a level may come out one higher or lower.
     assert_near(found.float(), expected.float(), FP32 if name == "float32" else BF16)
-    alone = ops.moe_experts(x[-1:], experts[-1:], gates[-1:], pack(operators, gate_up), pack(operators, down))
+    alone = ops.moe_experts(x[-1:], experts[-1:], gates[-1:], pack(operators, gate_up, pieces=2), pack(operators, down))
     assert torch.equal(alone, found[-1:])
 
 

@@ -269,7 +269,7 @@ class Session:
     def _forward(
         self, token_ids: Sequence[int], trace: Trace | None = None, *, wants_logits: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [T, hidden_size] of new tokens, which are in the cache afterwards, and logits after the last."""
+        """Hidden states [T, hidden_size] of new tokens, then in the cache, and the logits after the last one."""
         batch = self._batch(token_ids, self.context_length, trace)
         return self._model.next_logits(batch) if wants_logits else (self._model(batch), None)
 

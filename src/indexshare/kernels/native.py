@@ -321,6 +321,8 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
     def supports(hidden: Tensor, experts: Tensor, gates: Tensor, gate_up: ops.Weight, down: ops.Weight) -> str | None:
         if not (isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)):
             return "the weights are not packed"
+        if 2 * gate_up.matrix.num_outputs != gate_up.shape[1]:
+            return "gate and up were packed as one piece"
         if gates.dtype != torch.float32 or not experts.is_contiguous():
             return "gates must be float32 and experts contiguous"
         return _refusal(hidden, gates)

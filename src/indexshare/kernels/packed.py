@@ -7,6 +7,8 @@ the plain form back.
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from indexshare import runtime
 from indexshare.errors import KernelError
 from indexshare.kernels.formats import FP8_BLOCK, Format, QuantizedWeight
 
-LANES = 16
+LANES, STRIP = 16, 4  # outputs in a block, blocks in a strip
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"int8": 2, "int4": 3, "fp8": 4}
 INPUTS_PER_STEP = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2}
@@ -45,7 +47,8 @@ def as_tensor(structure: ctypes.Structure | ctypes.Array[Any]) -> Tensor:
 class PackedWeight:
     """A weight [out, in], or a stack [E, out, in], packed: `data` uint8, `scales` as the format has them.
 
-    dtype: that of the plain weight, or its format's name. descriptor: the bytes of `matrix`, for an operator.
+    dtype: that of the plain weight, or its format's name. matrix: one of the pieces of equal height, which are packed
+    one after the other. descriptor: its bytes, for an operator.
     """
 
     data: Tensor
@@ -63,15 +66,22 @@ class PackedWeight:
     def plain(self) -> Tensor | QuantizedWeight:
         """The weight as it was before it was packed; a copy."""
         *leading, num_rows, width = self.shape
-        blocks, inputs = -(-num_rows // LANES), INPUTS_PER_STEP[self.matrix.format]
-        steps = self.data.view(*leading, blocks, -(-width // inputs), LANES, -1)
+        piece_rows, inputs = self.matrix.num_outputs, INPUTS_PER_STEP[self.matrix.format]
+        blocks, num_steps = -(-piece_rows // LANES), -(-width // inputs)
+        pieces = self.data.view(math.prod(leading) * num_rows // piece_rows, blocks * num_steps, LANES, -1)
+        whole = blocks // STRIP * STRIP
+        strips = [pieces[:, : whole * num_steps].unflatten(1, (-1, num_steps, STRIP))]
+        if whole < blocks:
+            strips.append(pieces[:, whole * num_steps :].unflatten(1, (1, num_steps, blocks - whole)))
+        steps = torch.cat([strip.transpose(2, 3).flatten(1, 2) for strip in strips], dim=1)
         if isinstance(self.dtype, torch.dtype):
             numbers = steps.view(self.dtype)
         elif self.dtype == "int4":
             numbers = torch.cat((steps & 15, steps >> 4), dim=-1)
         else:
             numbers = steps
-        rows = numbers.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :num_rows, :width].contiguous()
+        rows = numbers.transpose(-3, -2).flatten(-2).flatten(-3, -2)[:, :piece_rows, :width]
+        rows = rows.reshape(*leading, num_rows, width)
         if isinstance(self.dtype, torch.dtype):
             return rows
         assert self.scales is not None
@@ -79,6 +89,7 @@ class PackedWeight:
             even, odd = rows[..., 0::2], rows[..., 1::2]
             rows = even | torch.nn.functional.pad(odd, (0, even.shape[-1] - odd.shape[-1])) << 4
         rows = (rows ^ 128).view(torch.int8) if self.dtype == "int8" else rows
+        blocks = -(-num_rows // LANES)
         if self.dtype == "fp8":
             scales = self.scales.view(*leading, blocks, -1)[..., :: FP8_BLOCK // LANES, :]
         else:
@@ -92,17 +103,29 @@ class PackedWeight:
         )
 
 
-def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
-    """Pack a weight [out, in] or [E, out, in] that lies on the CPU. Raises KernelError for a dtype without kernels."""
+def pack(
+    operators: Any,
+    weight: Tensor | QuantizedWeight,
+    *,
+    pieces: int = 1,
+    empty: Callable[[int], Tensor] = runtime.empty_bytes,
+) -> PackedWeight:
+    """Pack a weight [out, in] or [E, out, in] that lies on the CPU. Raises KernelError for a dtype without kernels.
+
+    pieces: each matrix is cut into so many of equal height, a multiple of 16; 2 for gate and up in one. empty(count):
+    where the bytes are put.
+    """
     *_, num_rows, width = shape = tuple(weight.shape)
-    matrix = Matrix(num_outputs=num_rows, width=width)
+    assert pieces == 1 or num_rows % (pieces * LANES) == 0, "pieces begin with a block"
+    matrix = Matrix(num_outputs=num_rows // pieces, width=width)
     scales = None
     if isinstance(weight, QuantizedWeight):
         dtype: torch.dtype | Format = weight.format
         matrix.format, matrix.group = FORMATS[weight.format], 0 if weight.format == "fp8" else weight.group_size
         if weight.format == "int4" and weight.group_size % 8:
             raise KernelError(f"int4 groups of {weight.group_size}: the C++ kernels take multiples of 8")
-        scales = _pack_scales(weight)
+        packed_scales = _pack_scales(weight)
+        scales = empty(packed_scales.nbytes).view(packed_scales.dtype).view(packed_scales.shape).copy_(packed_scales)
         matrix.scales = scales.data_ptr()
         rows = weight.data
     elif weight.dtype in NUMBERS:
@@ -110,8 +133,8 @@ def pack(operators: Any, weight: Tensor | QuantizedWeight) -> PackedWeight:
     else:
         raise KernelError(f"a weight of {weight.dtype} cannot be packed; the C++ kernels read bfloat16 and float32")
     size = operators.packed_bytes(as_tensor(matrix))
-    stack = rows.reshape(-1, *rows.shape[-2:])
-    data = runtime.empty_bytes(len(stack) * size)
+    stack = rows.reshape(-1, num_rows // pieces, rows.shape[-1])
+    data = empty(len(stack) * size)
     for number, one in enumerate(stack):
         operators.pack(one.contiguous(), as_tensor(matrix), data[number * size : (number + 1) * size])
     matrix.data = data.data_ptr()

@@ -328,7 +328,7 @@ class StackOutput(NamedTuple):
 def run_layers(
     stack: LayerStack, inputs: Tensor, selected: Selection | None, batch: ForwardBatch, num_logits: int
 ) -> StackOutput:
-    """Token ids int64 [T], or hidden states [T, D], through all layers. IndexShare is the value `selected` of this loop.
+    """Token ids int64 [T], or hidden states [T, D], through all layers. IndexShare is the value `selected` of the loop.
 
     A full layer replaces it, a shared layer passes it on.
     """

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from indexshare import runtime
 from indexshare.errors import KernelError
 from indexshare.kernels import native, ops, registry
 from indexshare.kernels.formats import QuantizedWeight
@@ -35,6 +37,7 @@ from indexshare.model.glm import (
     weights_of,
 )
 
+Packer = Callable[[Any], PackedWeight]
 TIMED = ("linear", "index_select", "mla_sparse", "moe_experts")
 MAX_ROPE = 1024  # numbers that the kernels turn at once
 INTEGERS = ("hidden", "heads", "query_rank", "latent", "nope", "rope", "value", "index_heads", "index_dim")
@@ -109,16 +112,17 @@ def pack_model(model: GlmForCausalLM) -> str | None:
     if reason is not None:
         return reason
     operators = native.load(native.instruction_set())
+    packer = functools.partial(pack, operators, empty=runtime.Slab().empty)
     plain = {attention.kv_b_proj for attention in _attentions(model)}  # absorption reads it in two directions
     plain |= {attention.indexer.weights_proj for attention in _attentions(model) if attention.indexer is not None}
     for part in model.modules():
         if isinstance(part, Linear) and part not in plain:
-            _replace(operators, part, "weight")
+            _replace(part, "weight", packer)
         elif isinstance(part, Experts):
-            _replace(operators, part, "gate_up_proj")
-            _replace(operators, part, "down_proj")
+            _replace(part, "gate_up_proj", functools.partial(packer, pieces=2))
+            _replace(part, "down_proj", packer)
     for stack in _stacks(model):
-        stack.packed = _pack_stack(operators, stack)
+        stack.packed = _pack_stack(operators, stack, packer)
     return None
 
 
@@ -151,19 +155,19 @@ def _kind(part: Linear) -> tuple[object, ...]:
     return (weight.format, weight.group_size) if isinstance(weight, QuantizedWeight) else (weight.dtype,)
 
 
-def _replace(operators: Any, module: nn.Module, name: str) -> None:
+def _replace(module: nn.Module, name: str, packer: Packer) -> None:
     weight = getattr(module, name)
     if isinstance(weight, PackedWeight):
         return  # shared with a model that is packed already
-    packed = pack(operators, weight)
+    packed = packer(weight)
     delattr(module, name)  # a parameter, which nn.Module would not let another type replace
     setattr(module, name, packed)
 
 
-def _pack_stack(operators: Any, stack: LayerStack) -> PackedLayers:
+def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLayers:
     owned: list[object] = []
     config, layers, head = stack.config, stack.layers, stack.head.weight
-    array = (Layer * len(layers))(*(_pack_layer(operators, config, layer, owned) for layer in layers))
+    array = (Layer * len(layers))(*(_pack_layer(config, layer, packer, owned) for layer in layers))
     owned.append(array)
     assert isinstance(head, PackedWeight), "projections are packed first"
     model = Model(
@@ -211,9 +215,9 @@ def _norm(module: nn.Module, owned: list[object]) -> Norm:
     return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
 
 
-def _pack_layer(operators: Any, config: GlmConfig, layer: DecoderLayer, owned: list[object]) -> Layer:
+def _pack_layer(config: GlmConfig, layer: DecoderLayer, packer: Packer, owned: list[object]) -> Layer:
     def matrix(weight: Tensor | PackedWeight) -> Matrix:
-        packed = weight if isinstance(weight, PackedWeight) else pack(operators, weight.detach())
+        packed = weight if isinstance(weight, PackedWeight) else packer(weight.detach())
         owned.append(packed)
         return packed.matrix
 

@@ -1,9 +1,10 @@
-// Products with packed weights. Sixteen outputs lie side by side and the inputs are broadcast against them: one source for a
-// single token (bound by memory) and for many (bound by arithmetic).
+// Products with packed weights. Sixteen outputs, a block, lie side by side and the inputs are broadcast against them: one
+// source for a single token (bound by memory) and for many (bound by arithmetic). Four blocks, a strip, take turns step by
+// step, so that a product reads one stream (the last strip has what is left).
 //
-//     fp32  [out/16][in  ][16]            int8  [out/16][in/4][16][4]  unsigned, 128 more than the value
-//     bf16  [out/16][in/2][16][2]         int4  [out/16][in/8][16][4]  bytes: inputs 0-3 low, 4-7 high, 8 more than the value
-//     fp8   [out/16][in/2][16][2]         scales [out/16][groups][16] in BF16; of fp8 [out/16][groups] in fp32
+//     fp32  [out/64][in  ][4][16]         int8  [out/64][in/4][4][16][4]  unsigned, 128 more than the value
+//     bf16  [out/64][in/2][4][16][2]      int4  [out/64][in/8][4][16][4]  bytes: inputs 0-3 low, 4-7 high, 8 more than the value
+//     fp8   [out/64][in/2][4][16][2]      scales [out/16][groups][16] in BF16; of fp8 [out/16][groups] in fp32
 //
 // Every output is summed over its inputs in one order, whatever the number of tokens or threads: the result of a token does
 // not depend on its neighbours.
@@ -40,6 +41,18 @@ constexpr int kActivationGroup = 128;
 
 int64_t num_steps(const Matrix& m) { return (m.width + inputs_per_step(m.format) - 1) / inputs_per_step(m.format); }
 int64_t block_bytes(const Matrix& m) { return num_steps(m) * bytes_per_step(m.format); }
+
+constexpr int kStrip = 4;  // blocks
+
+// Where the steps of a block lie in a matrix: bytes before the first one, and from one to the next.
+struct Place {
+  int64_t first, stride;
+};
+Place place_of(const Matrix& m, int64_t block) {
+  const int64_t inside = block % kStrip, strip = block - inside, bytes = bytes_per_step(m.format);
+  return {strip * block_bytes(m) + inside * bytes, std::min<int64_t>(kStrip, m.num_blocks() - strip) * bytes};
+}
+
 int activation_group(const Matrix& m) { return m.format == kInt4 ? m.group : kActivationGroup; }
 
 // ------------------------------------------------------------------------------------------------------------- inputs
@@ -232,8 +245,10 @@ ALWAYS_INLINE Int16 step_bytes(Int16 sum, Word16 weights, int32_t x) {
 template <int kFormat, int kRows, int kBlocks>
 ALWAYS_INLINE void multiply_floats(
     const uint8_t* const* x, const Matrix& m, int64_t block, int64_t begin, int64_t end, Float16* sums) {
-  const int64_t stride = block_bytes(m), group = kFormat == kFp8 ? kActivationGroup / 2 : end - begin;
-  const uint8_t* data = m.data + block * stride;
+  constexpr int kBytes = bytes_per_step(kFormat);
+  const Place place = place_of(m, block);
+  const int64_t stride = kBlocks == kStrip ? kStrip * kBytes : place.stride, group = kFormat == kFp8 ? kActivationGroup / 2 : end - begin;
+  const uint8_t* data = m.data + place.first;
   for (; begin < end; begin += group) {
     const int64_t last = std::min(begin + group, end);
     Float16 acc[kRows * kBlocks];
@@ -242,7 +257,7 @@ ALWAYS_INLINE void multiply_floats(
     for (int64_t d = begin; d < last; d++) {
       Word16 weights[kBlocks];
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; b++) weights[b] = weights_at<kFormat>(data + b * stride + d * bytes_per_step(kFormat));
+      for (int b = 0; b < kBlocks; b++) weights[b] = weights_at<kFormat>(data + d * stride + b * kBytes);
 #pragma GCC unroll 16
       for (int t = 0; t < kRows; t++) {
 #pragma GCC unroll 16
@@ -264,9 +279,10 @@ ALWAYS_INLINE void multiply_floats(
 template <int kFormat, int kRows, int kBlocks>
 ALWAYS_INLINE void multiply_integers(
     const uint8_t* const* x, const Matrix& m, int64_t block, int64_t begin, int64_t end, Float16* sums) {
-  constexpr int kInputs = kFormat == kInt4 ? 8 : 4, kOffset = kFormat == kInt4 ? 8 : 128;
-  const int64_t stride = block_bytes(m), padded = (m.width + 7) / 8 * 8;
-  const uint8_t* data = m.data + block * stride;
+  constexpr int kInputs = kFormat == kInt4 ? 8 : 4, kOffset = kFormat == kInt4 ? 8 : 128, kBytes = bytes_per_step(kFormat);
+  const Place place = place_of(m, block);
+  const int64_t stride = kBlocks == kStrip ? kStrip * kBytes : place.stride, padded = (m.width + 7) / 8 * 8;
+  const uint8_t* data = m.data + place.first;
   const int group = activation_group(m) / kInputs;
   const int64_t scale_stride = m.group == 0 ? 1 : num_groups(m.width, m.group);
   for (; begin < end; begin += group) {
@@ -282,7 +298,7 @@ ALWAYS_INLINE void multiply_integers(
       Word16 weights[kBlocks], high[kBlocks];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; b++) {
-        weights[b] = weights_at<kFormat>(data + b * stride + d * 64);
+        weights[b] = weights_at<kFormat>(data + d * stride + b * kBytes);
         if constexpr (kFormat == kInt4) {
           high[b] = (weights[b] >> 4) & 0x0f0f0f0fu;
           weights[b] = weights[b] & 0x0f0f0f0fu;
@@ -321,9 +337,9 @@ ALWAYS_INLINE void multiply(const uint8_t* const* x, const Matrix& m, int64_t bl
 
 // What fits into the registers: rows and blocks of a tile for many rows, blocks for one.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileBlocks = 4, kRowBlocks = 4;
+constexpr int kTileRows = 6, kTileBlocks = kStrip;
 #else
-constexpr int kTileRows = 2, kTileBlocks = 2, kRowBlocks = 4;
+constexpr int kTileRows = 2, kTileBlocks = 2;
 #endif
 constexpr int kRowsPerTask = 48;
 constexpr int kInputsAtOnce = 256;  // the weights of a tile's blocks stay in the first cache while the rows pass
@@ -360,7 +376,7 @@ void multiply_tile(
     const uint8_t* const* x, const Matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end, const Give& give) {
   int64_t block = begin;
   if (last - first == 1) {
-    for (; block + kRowBlocks <= end; block += kRowBlocks) multiply_row<kFormat, kRowBlocks>(x + first, m, first, block, give);
+    for (; block + kStrip <= end; block += kStrip) multiply_row<kFormat, kStrip>(x + first, m, first, block, give);
     for (; block < end; block++) multiply_row<kFormat, 1>(x + first, m, first, block, give);
   } else {
     for (; block + kTileBlocks <= end; block += kTileBlocks) multiply_rows<kFormat, kTileBlocks>(x, m, first, last, block, give);
@@ -420,7 +436,7 @@ void run_jobs(const std::vector<Job>& jobs) {
     const int64_t blocks = job.matrix->num_blocks();
     // One row waits for memory: small tasks, so that the threads end together.
     const int64_t bytes = job.num_rows == 1 ? kBytesPerTask / 2 : kBytesPerTask;
-    const int64_t size = std::clamp<int64_t>(bytes / block_bytes(*job.matrix) / kRowBlocks * kRowBlocks, kRowBlocks, 16);
+    const int64_t size = std::clamp<int64_t>(bytes / block_bytes(*job.matrix) / kStrip * kStrip, kStrip, 16);
     const int64_t tiles = (job.num_rows + kRowsPerTask - 1) / kRowsPerTask;
     parts.push_back({num_tasks, size, tiles});
     num_tasks += (blocks + size - 1) / size * tiles;
@@ -451,14 +467,15 @@ void pack_numbers(const Number* weight, const Matrix& m, uint8_t* out) {
   const int pair = kPair ? kPair : m.format == kFp8 ? 2 : 4;
   for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
-      Number* to = reinterpret_cast<Number*>(out + block * block_bytes(m));
-      std::fill(to, to + block_bytes(m) / sizeof(Number), Number{});
+      const Place place = place_of(m, block);
+      auto step = [&](int64_t d) { return reinterpret_cast<Number*>(out + place.first + d / pair * place.stride); };
+      for (int64_t d = 0; d < num_steps(m) * pair; d += pair) std::fill(step(d), step(d) + kLanes * pair, Number{});
       for (int lane = 0; lane < kLanes; lane++) {
         const int64_t row = block * kLanes + lane;
         if (row >= m.num_outputs) break;
         for (int64_t d = 0; d < m.width; d++) {
           const Number value = weight[row * m.width + d];
-          to[d / pair * kLanes * pair + lane * pair + d % pair] = m.format == kInt8 ? Number(value + 128) : value;
+          step(d)[lane * pair + d % pair] = m.format == kInt8 ? Number(value + 128) : value;
         }
       }
     }
@@ -470,14 +487,15 @@ void pack_nibbles(const uint8_t* weight, const Matrix& m, uint8_t* out) {
   const int64_t stride = (m.width + 1) / 2;
   for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
-      uint8_t* to = out + block * block_bytes(m);
-      std::fill(to, to + block_bytes(m), uint8_t{});
+      const Place place = place_of(m, block);
+      auto step = [&](int64_t d) { return out + place.first + d / 8 * place.stride; };
+      for (int64_t d = 0; d < m.width; d += 8) std::fill(step(d), step(d) + 64, uint8_t{});
       for (int lane = 0; lane < kLanes; lane++) {
         const int64_t row = block * kLanes + lane;
         if (row >= m.num_outputs) break;
         for (int64_t d = 0; d < m.width; d++) {
           const uint8_t nibble = (weight[row * stride + d / 2] >> (d % 2 * 4)) & 15;
-          to[d / 8 * 64 + lane * 4 + d % 4] |= uint8_t(nibble << (d % 8 / 4 * 4));
+          step(d)[lane * 4 + d % 4] |= uint8_t(nibble << (d % 8 / 4 * 4));
         }
       }
     }

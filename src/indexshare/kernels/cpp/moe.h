@@ -20,13 +20,6 @@ Matrix of_stack(const Matrix& stack, int64_t number) {
   return one;
 }
 
-// The first or the second half of the outputs: gate or up, where both are one matrix.
-Matrix half_of(const Matrix& both, int which) {
-  Matrix half = both;
-  half.num_outputs = both.num_outputs / 2;
-  return of_stack(half, which);
-}
-
 // Encoded rows of a small tile, on one thread. at(t): the numbers of row t.
 class EncodedTile {
  public:
@@ -72,6 +65,7 @@ void route(
 
 class Experts {
  public:
+  // gate_up: a stack of gate and up in turns, one pair for each expert.
   Experts(
       const Matrix& gate_up, const Matrix& down, int64_t num_experts, int64_t num_chosen, int64_t num_tokens, const int64_t* experts,
       const float* gates)
@@ -104,9 +98,8 @@ class Experts {
     for (int64_t i = 0; i < entries; i++) rows[i] = of_token[token_[i]];
     std::vector<Job> jobs;
     for (const Group& g : groups_) {
-      const Matrix both = of_stack(gate_up_, g.expert);
-      matrices_.push_back(half_of(both, 0));
-      matrices_.push_back(half_of(both, 1));
+      matrices_.push_back(of_stack(gate_up_, 2 * g.expert));
+      matrices_.push_back(of_stack(gate_up_, 2 * g.expert + 1));
       const Matrix* gate = &matrices_[matrices_.size() - 2];
       jobs.push_back({gate, rows.data() + g.first, g.count, inner + g.first * width, width, kSwiglu, gate + 1});
     }
