@@ -45,9 +45,9 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")
 # Best first: what the processor must have, and the compiler's flags for it.
 INSTRUCTION_SETS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
-    "avx512": (
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma"}),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-mavx2", "-mfma"),
+    "avx512": (  # AMD from Zen 4, Intel from Sapphire Rapids
+        frozenset(f"avx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "_bf16", "_vnni")) | {"fma"},
+        (*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "bf16", "vnni")), "-mavx2", "-mfma"),
     ),
     "avx2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
     "scalar": (frozenset(), ()),

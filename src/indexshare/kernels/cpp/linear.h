@@ -192,20 +192,48 @@ ALWAYS_INLINE Word16 weights_at(const uint8_t* data) {
   return *reinterpret_cast<const Word16*>(data);
 }
 
-// e4m3 -> bfloat16, exactly: eight subnormals from a table, all else by moving the exponent.
+// e4m3 -> bfloat16, exactly: all but the eight subnormals by moving the exponent.
+#if defined(__AVX512VBMI__)
+// The low or the high bytes of the 128 that are not negative.
+struct Fp8Bytes {
+  alignas(64) uint8_t bytes[128];
+  constexpr explicit Fp8Bytes(int shift) : bytes() {
+    for (int x = 0; x < 128; x++) {
+      int bits = (x << 4) + (120 << 7);
+      if (x < 8) {  // x * 2^-9: its leading bit's place gives the exponent
+        const int place = x >= 4 ? 2 : x >= 2 ? 1 : 0;
+        bits = x == 0 ? 0 : ((118 + place) << 7) + ((x - (1 << place)) << (7 - place));
+      }
+      bytes[x] = uint8_t(bits >> shift);
+    }
+  }
+  __m512i half(int which) const { return _mm512_load_si512(bytes + 64 * which); }
+};
+constexpr Fp8Bytes kFp8Low(0), kFp8High(8);
+
+template <>
+ALWAYS_INLINE Word16 weights_at<kFp8>(const uint8_t* data) {
+  const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+  // The other byte of each number looks up zero, whose bytes are zero.
+  const __m512i low = _mm512_permutex2var_epi8(kFp8Low.half(0), x, kFp8Low.half(1));
+  const __m512i high = _mm512_permutex2var_epi8(kFp8High.half(0), _mm512_slli_epi16(x, 8), kFp8High.half(1));
+  const __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(x, 7), 15);
+  return (Word16)_mm512_or_si512(_mm512_or_si512(low, high), sign);
+}
+#else
 template <>
 ALWAYS_INLINE Word16 weights_at<kFp8>(const uint8_t* data) {
   typedef uint8_t Byte32 __attribute__((vector_size(32), aligned(1), may_alias));
   typedef uint16_t Half32 __attribute__((vector_size(64), aligned(2), may_alias));
   const Half32 x = __builtin_convertvector(*reinterpret_cast<const Byte32*>(data), Half32);
   const Half32 size = x & 0x7f, sign = (x & 0x80) << 8;
-  // A subnormal m * 2^-9 is (m + 8) * 2^-9 - 2^-6; so: its leading bit's place gives the exponent.
-  const Half32 m = size;
-  const Half32 small = m >= 4 ? 0x3c00 + ((m - 4) << 5) : m >= 2 ? 0x3b80 + ((m - 2) << 6) : m == 1 ? Half32{} + 0x3b00 : Half32{};
+  const Half32 one_or_none = size == 1 ? Half32{} + 0x3b00 : Half32{};
+  const Half32 small = size >= 4 ? 0x3c00 + ((size - 4) << 5) : size >= 2 ? 0x3b80 + ((size - 2) << 6) : one_or_none;
   const Half32 normal = (size << 4) + (120 << 7);
   Half32 bits = (size < 8 ? small : normal) | sign;
   return reinterpret_cast<Word16&>(bits);
 }
+#endif
 
 // One step of sixteen sums of floats.
 template <int kFormat>
