@@ -152,6 +152,12 @@ def empty_bytes(count: int) -> torch.Tensor:
     return aligned
 
 
+def return_freed_memory() -> None:
+    """Give the system back what the allocator keeps after a model was loaded and packed; Linux with glibc."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Slab:
     """Uninitialised memory for many small tables, side by side in pages of 2 MiB; freed when the last one is gone."""
 

@@ -102,6 +102,7 @@ def load(
     )
     if torch_device.type == "cpu":
         pack_model(weights)
+        runtime.return_freed_memory()
     for remark in report.remarks():
         warnings.warn(f"{directory}: {remark}", stacklevel=2)
     has_tokenizer = (directory / "tokenizer.json").is_file()

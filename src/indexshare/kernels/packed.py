@@ -1,4 +1,4 @@
-"""Weights in the order in which the C++ kernels read them (cpp/linear.h).
+"""Weights in the order in which the C++ kernels read them (cpp/weights.h).
 
 A packed weight takes the place of the plain one: it holds the same numbers in about as many bytes, and `plain` brings
 the plain form back.
@@ -26,7 +26,7 @@ INPUTS_PER_STEP = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2}
 
 
 class Matrix(ctypes.Structure):
-    """`struct Matrix` of cpp/linear.h: one weight, or the first of a stack of equal ones."""
+    """`struct Matrix` of cpp/weights.h: one weight, or the first of a stack of equal ones."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

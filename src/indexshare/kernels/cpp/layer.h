@@ -151,6 +151,8 @@ class LayerRun {
       Input x(values_, T, g_.heads * g_.value, arena_);
       run_jobs({job(layer_.output, x, hidden, kAdd)});
     }
+    arena_.reset();
+    normed = arena_.floats(T * g_.hidden);
     norm_rows(hidden, layer_.mlp_norm, normed);
     if (layer_.num_experts == 0) dense(normed, hidden);
     spend(seconds_.linear);

@@ -1,183 +1,16 @@
-// Products with packed weights. Sixteen outputs, a block, lie side by side and the inputs are broadcast against them: one
-// source for a single token (bound by memory) and for many (bound by arithmetic). Four blocks, a strip, take turns step by
-// step, so that a product reads one stream (the last strip has what is left).
-//
-//     fp32  [out/64][in  ][4][16]         int8  [out/64][in/4][4][16][4]  unsigned, 128 more than the value
-//     bf16  [out/64][in/2][4][16][2]      int4  [out/64][in/8][4][16][4]  bytes: inputs 0-3 low, 4-7 high, 8 more than the value
-//     fp8   [out/64][in/2][4][16][2]      scales [out/16][groups][16] in BF16; of fp8 [out/16][groups] in fp32
+// Products with packed weights: the inputs are broadcast against sixteen outputs, one source for a single token (bound by
+// memory) and for many (bound by arithmetic).
 //
 // Every output is summed over its inputs in one order, whatever the number of tokens or threads: the result of a token does
 // not depend on its neighbours.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <limits>
 #include <vector>
 
-#include "threads.h"
-#include "vectors.h"
+#include "inputs.h"
 
 namespace {
-
-enum Format : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kFp8 = 4 };
-
-// A weight [num_outputs, width]; the fields are mirrored in native.py.
-struct Matrix {
-  const uint8_t* data;
-  const void* scales;
-  int64_t num_outputs, width;
-  int32_t format, group;  // group: inputs that share a scale of weights (0: all) and, for integers, one of activations
-
-  int64_t num_blocks() const { return (num_outputs + kLanes - 1) / kLanes; }
-};
-
-// Inputs in one step of 64 bytes of weights (32 of fp8), and bytes of input that it takes.
-constexpr int inputs_per_step(int format) { return format == kFp32 ? 1 : format == kInt8 ? 4 : format == kInt4 ? 8 : 2; }
-constexpr int bytes_per_step(int format) { return format == kFp8 ? 32 : 64; }
-constexpr bool is_integer(int format) { return format == kInt8 || format == kInt4; }
-constexpr int kActivationGroup = 128;
-
-int64_t num_steps(const Matrix& m) { return (m.width + inputs_per_step(m.format) - 1) / inputs_per_step(m.format); }
-int64_t block_bytes(const Matrix& m) { return num_steps(m) * bytes_per_step(m.format); }
-
-constexpr int kStrip = 4;  // blocks
-
-// Where the steps of a block lie in a matrix: bytes before the first one, and from one to the next.
-struct Place {
-  int64_t first, stride;
-};
-Place place_of(const Matrix& m, int64_t block) {
-  const int64_t inside = block % kStrip, strip = block - inside, bytes = bytes_per_step(m.format);
-  return {strip * block_bytes(m) + inside * bytes, std::min<int64_t>(kStrip, m.num_blocks() - strip) * bytes};
-}
-
-int activation_group(const Matrix& m) { return m.format == kInt4 ? m.group : kActivationGroup; }
-
-// ------------------------------------------------------------------------------------------------------------- inputs
-
-struct GroupScale {
-  float scale;
-  int32_t sum;
-};
-
-int64_t num_groups(int64_t width, int group) { return (width + group - 1) / group; }
-
-// Bytes of an encoded input row: numbers, then (integers) a scale and a sum for each group.
-int64_t encoded_bytes(const Matrix& m) {
-  if (m.format == kFp32) return m.width * 4;
-  if (!is_integer(m.format)) return (m.width + 1) / 2 * 4;
-  return (m.width + 7) / 8 * 8 + num_groups(m.width, activation_group(m)) * int64_t(sizeof(GroupScale));
-}
-
-void encode_integers(const float* x, int64_t width, int group, uint8_t* out) {
-  int8_t* numbers = reinterpret_cast<int8_t*>(out);
-  const int64_t padded = (width + 7) / 8 * 8;
-  GroupScale* scales = reinterpret_cast<GroupScale*>(out + padded);
-  for (int64_t begin = 0; begin < width; begin += group) {
-    const int64_t end = std::min(begin + group, width);
-    Float16 peaks{};
-    Int16 is_nan{};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      const Float16 v = load(x + i), size = v < 0.0f ? -v : v;
-      peaks = larger(size, peaks);
-      is_nan |= v != v;
-    }
-    float peak = 0.0f;
-    int found_nan = 0;
-    for (; i < end; i++) peak = std::max(peak, std::fabs(x[i])), found_nan |= x[i] != x[i];
-    for (int lane = 0; lane < kLanes; lane++) peak = std::max(peak, peaks[lane]), found_nan |= is_nan[lane];
-    const float scale = found_nan || std::isinf(peak) ? std::numeric_limits<float>::quiet_NaN() : peak / 127.0f;
-    Int16 sums{};
-    int32_t sum = 0;
-    i = begin;
-    // Division, not a product with the inverse: the specification divides. Adding 1.5 * 2^23 rounds to nearest, ties to even.
-    for (; i + kLanes <= end; i += kLanes) {
-      const Float16 rounded = (scale > 0.0f ? load(x + i) / scale : Float16{}) + 12582912.0f;
-      const Int16 q = reinterpret_cast<const Int16&>(rounded) - 0x4b400000;
-      sums += q;
-      store(numbers + i, q);
-    }
-    for (; i < end; i++) {
-      const int32_t q = scale > 0.0f ? int32_t(std::nearbyint(x[i] / scale)) : 0;
-      numbers[i] = int8_t(q);
-      sum += q;
-    }
-    for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
-    *scales++ = {scale, sum};
-  }
-  for (int64_t i = width; i < padded; i++) numbers[i] = 0;
-}
-
-void encode(const Matrix& m, const float* x, uint8_t* out) {
-  if (m.format == kFp32) {
-    memcpy(out, x, m.width * 4);
-  } else if (is_integer(m.format)) {
-    encode_integers(x, m.width, activation_group(m), out);
-  } else {
-    uint16_t* numbers = reinterpret_cast<uint16_t*>(out);
-    narrow_row(x, m.width, numbers);
-    if (m.width % 2) numbers[m.width] = 0;
-  }
-}
-
-// Memory that one call after the other uses again: fresh pages from the system cost more than small products.
-class Arena {
- public:
-  void reset() { used_ = 0, place_ = 0; }
-  uint8_t* bytes(int64_t count) {
-    count = (count + 63) / 64 * 64;
-    while (place_ < blocks_.size() && used_ + count > int64_t(blocks_[place_].size()) - 64) place_++, used_ = 0;
-    if (place_ == blocks_.size()) blocks_.emplace_back(size_t(std::max<int64_t>(count, 1 << 22)) + 64), used_ = 0;
-    uint8_t* first = blocks_[place_].data();
-    first += (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 + used_;
-    used_ += count;
-    return first;
-  }
-  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * sizeof(float))); }
-
- private:
-  std::vector<std::vector<uint8_t>> blocks_;
-  size_t place_ = 0;
-  int64_t used_ = 0;
-};
-
-// Rows of activations in fp32, and encoded as a matrix wants them; encoded once for all matrices with the same wish.
-class Input {
- public:
-  Input(const float* x, int64_t num_rows, int64_t stride, Arena& arena) : x_(x), num_rows_(num_rows), stride_(stride), arena_(arena) {}
-
-  int64_t num_rows() const { return num_rows_; }
-
-  const uint8_t* const* rows(const Matrix& m) {
-    const int kind = is_integer(m.format) ? 16 + activation_group(m) : m.format == kFp32 ? 1 : 0;
-    for (const auto& known : encodings_) {
-      if (known.kind == kind) return known.rows.data();
-    }
-    encodings_.emplace_back();
-    Encoding& made = encodings_.back();
-    made.kind = kind;
-    const int64_t size = (encoded_bytes(m) + 63) / 64 * 64;
-    uint8_t* first = arena_.bytes(num_rows_ * size);
-    for (int64_t t = 0; t < num_rows_; t++) made.rows.push_back(first + t * size);
-    for_each_run(num_rows_, 32, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) encode(m, x_ + t * stride_, first + t * size);
-    });
-    return made.rows.data();
-  }
-
- private:
-  struct Encoding {
-    int kind;
-    std::vector<const uint8_t*> rows;
-  };
-  const float* x_;
-  int64_t num_rows_, stride_;
-  Arena& arena_;
-  std::vector<Encoding> encodings_;
-};
 
 // ------------------------------------------------------------------------------------------------------------ products
 
@@ -483,50 +316,6 @@ void run_jobs(const std::vector<Job>& jobs) {
     };
     run(*job.matrix, job.target == kSwiglu ? kStore : job.target);
     if (job.target == kSwiglu) run(*job.up, kSwiglu);
-  });
-}
-
-// ---------------------------------------------------------------------------------------------------------------- packing
-
-// Input `d` of output `row` of a plain weight in the format's own numbers: what the packed form holds.
-template <typename Number>
-void pack_numbers(const Number* weight, const Matrix& m, uint8_t* out) {
-  constexpr int kPair = sizeof(Number) == 4 ? 1 : sizeof(Number) == 2 ? 2 : 0;
-  const int pair = kPair ? kPair : m.format == kFp8 ? 2 : 4;
-  for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; block++) {
-      const Place place = place_of(m, block);
-      auto step = [&](int64_t d) { return reinterpret_cast<Number*>(out + place.first + d / pair * place.stride); };
-      for (int64_t d = 0; d < num_steps(m) * pair; d += pair) std::fill(step(d), step(d) + kLanes * pair, Number{});
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int64_t row = block * kLanes + lane;
-        if (row >= m.num_outputs) break;
-        for (int64_t d = 0; d < m.width; d++) {
-          const Number value = weight[row * m.width + d];
-          step(d)[lane * pair + d % pair] = m.format == kInt8 ? Number(value + 128) : value;
-        }
-      }
-    }
-  });
-}
-
-// From [out][ceil(in / 2)] bytes, the even input low.
-void pack_nibbles(const uint8_t* weight, const Matrix& m, uint8_t* out) {
-  const int64_t stride = (m.width + 1) / 2;
-  for_each_run(m.num_blocks(), 4, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; block++) {
-      const Place place = place_of(m, block);
-      auto step = [&](int64_t d) { return out + place.first + d / 8 * place.stride; };
-      for (int64_t d = 0; d < m.width; d += 8) std::fill(step(d), step(d) + 64, uint8_t{});
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int64_t row = block * kLanes + lane;
-        if (row >= m.num_outputs) break;
-        for (int64_t d = 0; d < m.width; d++) {
-          const uint8_t nibble = (weight[row * stride + d / 2] >> (d % 2 * 4)) & 15;
-          step(d)[lane * 4 + d % 4] |= uint8_t(nibble << (d % 8 / 4 * 4));
-        }
-      }
-    }
   });
 }
 
