@@ -91,7 +91,7 @@ class Model(ctypes.Structure):
 class PackedLayers:
     """A stack as the kernels read it. model: `struct Model`. owned: everything that it points to.
 
-    seconds: what a call has spent on the operations TIMED.
+    seconds: what the calls have spent on the operations TIMED.
     """
 
     operators: Any
@@ -285,6 +285,8 @@ def _run(
         rows = torch.stack([layout.rows(0)] * num_tokens)[None].to(torch.int32)
     hidden = torch.empty(num_tokens, config.hidden_size, dtype=packed.dtype)
     logits = torch.empty(num_logits, config.vocab_size)
+    if registry.is_timing():
+        packed.seconds.zero_()
     failed = packed.operators.run_model(
         packed.model,
         inputs,
@@ -302,7 +304,6 @@ def _run(
     )
     if registry.is_timing():
         registry.add_seconds(dict(zip(TIMED, packed.seconds.tolist(), strict=True)))
-        packed.seconds.zero_()
     if failed < 0:
         raise IndexError(f"token ids must be from 0 to {config.vocab_size - 1}")
     if failed > 0:
