@@ -87,9 +87,7 @@ def measure(shared: LLM, every: LLM, depth: int, repeats: int) -> list[Ratio]:
             fill(session, depth, shared.config.vocab_size)
         for _ in range(repeats + 1):  # the first round warms up
             for llm, session in ((shared, first), (every, second)):
-                seconds.setdefault(("prefill", llm), []).append(
-                    timed(session, lambda s: s.prefill([7] * PROMPT_TOKENS))
-                )
+                seconds.setdefault(("prefill", llm), []).append(timed(session, prefill))
                 seconds.setdefault(("decode", llm), []).append(timed(session, decode) / DECODE_TOKENS)
     predicted = {"prefill": work_ratio(shared.config, depth), "decode": bytes_ratio(shared.config, depth)}
     ratios = []
@@ -134,7 +132,7 @@ def fill(session: Session, depth: int, vocab_size: int) -> None:
     drawn = rows[torch.randint(num_read, (depth - num_read,), generator=generator)]
     for pool in (*cache.latents, *cache.index_keys):
         if pool is not None:
-            pool[rows[num_read:]] = pool[drawn]
+            pool.index_copy_(0, rows[num_read:], pool.index_select(0, drawn))
     session._token_ids += [0] * (depth - num_read)
 
 

@@ -1,5 +1,6 @@
 """The benchmark beside other engines, without the other engines: its own parts, and that it refuses."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,11 @@ def test_bad_arguments_are_named(arguments: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         peers.main([arguments])
     assert "error: argument --" in capsys.readouterr().err
+
+
+def test_transformers_does_not_take_our_kernels_for_the_package_of_that_name(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="an oracle, which is not part of the development environment")
+    beside = f"import sys; sys.path.insert(0, {str(Path(peers.__file__).parent)!r})"
+    code = f"{beside}; import engine_transformers; from transformers import GlmMoeDsaForCausalLM"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -3,6 +3,7 @@
 `test_index_select.py` runs every one of its tests with each twin; here is what only compiled code can get wrong.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -109,6 +110,26 @@ def test_results_are_bit_identical_for_any_number_of_threads(isa: str) -> None:
     assert torch.equal(ops.mla_sparse(attention_query[:1], latents, chosen, 0.1, 96), among[:1])
 
 
+def test_rows_beyond_two_gigabytes_are_found(isa: str) -> None:
+    """Offsets, in numbers and in bytes, that do not fit 32 bits. Only pages that are written take memory."""
+    num_pages, page_size, dim, latent = 2**18 + 64, 64, 128, 96
+    keys, latents = (torch.empty(num_pages * page_size, width, dtype=BF16) for width in (dim, dim + 32))
+    pages = torch.tensor([[2**18 + 60, 3, 2**17 + 5, 2**18 + 2]])
+    layout = KeyLayout(sequence_starts=(0, 1), context_lengths=(250,), page_table=pages, page_size=page_size)
+    rows = layout.rows(0)
+    assert rows.max() * dim > 2**31
+    small_keys, small_latents = whole(250, dim), torch.randn(250, dim + 32).to(BF16)
+    keys[rows], latents[rows] = small_keys, small_latents
+    query, weights = whole(1, 4, dim), whole(1, 4, dtype=FP32)
+    found = ops.index_select(query, weights, keys, layout, 50)[0].long()
+    near = KeyLayout(sequence_starts=(0, 1), context_lengths=(250,), page_table=torch.arange(4)[None], page_size=64)
+    expected = ops.index_select.specification(query, weights, small_keys, near, 50)
+    assert torch.equal(found, rows[expected[0].long()])
+    attention_query = torch.randn(1, 3, dim + 32).to(BF16)
+    attended = ops.mla_sparse(attention_query, latents, found[None].int(), 0.1, latent)
+    assert torch.equal(attended, ops.mla_sparse(attention_query, small_latents, expected, 0.1, latent))
+
+
 def test_ascending_scores_make_every_key_a_candidate(isa: str) -> None:
     """The worst case of the threshold: each key beats all before it."""
     keys = torch.arange(5000, dtype=FP32)[:, None] * torch.ones(1, 4)
@@ -144,9 +165,22 @@ print([choice.reason for choice in registry.describe(("cpu",)) if choice.operati
 """
 
 
+def obey_permissions() -> None:
+    """Root writes where it must not unless this right is gone; the kernel refuses others, who have not got it."""
+    drop_bounding_capability, override_permissions = 24, 1
+    ctypes.CDLL(None).prctl(drop_bounding_capability, override_permissions, 0, 0, 0)
+
+
 def run(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"INDEXSHARE_CACHE": str(tmp_path / "cache"), **environment}
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, timeout=110)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        preexec_fn=obey_permissions,
+    )
 
 
 def test_two_processes_build_at_once_and_the_next_finds_the_library(tmp_path: Path) -> None:
@@ -165,6 +199,20 @@ def test_two_processes_build_at_once_and_the_next_finds_the_library(tmp_path: Pa
     assert again.stdout.startswith("None\n")
     assert again.stderr == ""
     assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+    (tmp_path / "cache").chmod(0o555)
+    read_only = run(tmp_path, INDEXSHARE_ISA="scalar")
+    assert read_only.stdout.startswith("None\n")
+    assert read_only.stderr == ""
+
+
+def test_where_the_cache_cannot_be_written_the_build_is_for_this_process(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o555)
+    (tmp_path / "temporary").mkdir()
+    done = run(tmp_path, INDEXSHARE_ISA="scalar", TMPDIR=str(tmp_path / "temporary"))
+    assert done.stdout.startswith("None\n"), done.stdout
+    assert f"kept in {tmp_path / 'temporary'}" in done.stderr
+    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_without_a_compiler_the_specification_runs_and_says_why(tmp_path: Path) -> None:

@@ -119,13 +119,16 @@ def build(isa: str) -> Path:
     Raises KernelError when there is no compiler, when it fails, or when others could write to the cache.
     """
     compiler = _compiler()
-    directory = _cache_directory()
+    cache = runtime.settings().cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "indexshare")
     key = hashlib.sha256()
     for part in (isa, torch.__version__, platform.machine(), _version(compiler), *FLAGS, *INSTRUCTION_SETS[isa][1]):
         key.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
-    library = directory / f"kernels-{isa}-{key.hexdigest()[:16]}.so"
+    name = f"kernels-{isa}-{key.hexdigest()[:16]}.so"
+    directory = _writable(cache)
+    library = next((each / name for each in (cache, directory) if os.path.exists(each / name)), directory / name)
+    _check_owner(library.parent)
     if library.exists():
         return library
     try:
@@ -153,25 +156,27 @@ def _version(compiler: str) -> str:
         raise KernelError(f"{compiler} --version failed: {error}") from None
 
 
-def _cache_directory() -> Path:
-    """Made for this user alone. A library in it is executed, so a directory that others can write to is refused."""
-    wanted = runtime.settings().cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "indexshare")
+def _writable(cache: Path) -> Path:
+    """The cache, made for this user alone, or a directory for this process only where it cannot be written."""
     try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        usable = os.access(wanted, os.W_OK | os.X_OK)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cache if os.access(cache, os.W_OK | os.X_OK) else _temporary_directory()
     except OSError:
-        usable = False
-    if not usable:
         return _temporary_directory()
-    status = wanted.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise KernelError(f"{wanted} can be written by other users; run `chmod go-w {wanted}` or set INDEXSHARE_CACHE")
-    return wanted
+
+
+def _check_owner(directory: Path) -> None:
+    """What lies in it is executed: KernelError when another user, but for root, can write to it."""
+    status = directory.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise KernelError(
+            f"{directory} can be written by other users; run `chmod go-w {directory}` or set INDEXSHARE_CACHE"
+        )
 
 
 @functools.cache
 def _temporary_directory() -> Path:
-    """For this process only, where the cache cannot be written."""
+    """Removed when this process ends."""
     import atexit
 
     directory = tempfile.mkdtemp(prefix="indexshare-")

@@ -232,7 +232,7 @@ def describe(devices: tuple[str, ...]) -> list[Choice]:
             elif first is not None:
                 twin, reason = first.name, first.note
             else:
-                why = _explanations.get(device, "no faster twin is built for this device")
+                why = _explanations.get(device, "no faster twin")
                 twin, reason = SPECIFICATION, f"the specification; {why}"
             lines.append(Choice(operation=name, device=device, twin=twin, reason=reason))
     return lines

@@ -1,4 +1,4 @@
-"""The layers in C++ (kernels/cpp/layer.h): packs a model's weights and runs all its layers in one call.
+"""A model in C++ (kernels/cpp/model.h): packs its weights and runs a whole step in one call.
 
 The packed weights take the place of the plain ones, so memory stays the same. What a packed model cannot do in one call
 (dense attention, a trace of experts) goes operation by operation, as on any device.
@@ -325,7 +325,7 @@ def enable() -> str | None:
             devices=("cpu",),
             function=_run,
             supports=_supports,
-            note=f"all layers in one call ({native.instruction_set()}); else operation by operation",
+            note=f"a step in one call ({native.instruction_set()}); else one by one",
         )
         registry.register(run_layers.name, twin)
     return reason
