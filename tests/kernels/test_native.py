@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from paging import paged_keys
@@ -112,9 +113,13 @@ def test_results_are_bit_identical_for_any_number_of_threads(isa: str) -> None:
 
 def test_rows_beyond_two_gigabytes_are_found(isa: str) -> None:
     """Offsets, in numbers and in bytes, that do not fit 32 bits. Only pages that are written take memory."""
-    num_pages, page_size, dim, latent = 2**18 + 64, 64, 128, 96
-    keys, latents = (torch.empty(num_pages * page_size, width, dtype=BF16) for width in (dim, dim + 32))
-    pages = torch.tensor([[2**18 + 60, 3, 2**17 + 5, 2**18 + 2]])
+    num_pages, page_size, dim, latent = 2**17 + 64, 64, 256, 256
+
+    def untouched(width: int) -> Tensor:  # torch.empty fills its memory under pytest
+        return torch.from_numpy(np.empty((num_pages * page_size, width), dtype=np.uint16)).view(BF16)
+
+    keys, latents = untouched(dim), untouched(dim + 32)
+    pages = torch.tensor([[2**17 + 60, 3, 2**16 + 5, 2**17 + 2]])
     layout = KeyLayout(sequence_starts=(0, 1), context_lengths=(250,), page_table=pages, page_size=page_size)
     rows = layout.rows(0)
     assert rows.max() * dim > 2**31

@@ -57,14 +57,12 @@ struct MlaSparse {
 // What one thread needs while it works on a token.
 struct MlaScratch {
   std::vector<float> scores, parts;
-  std::vector<uint16_t> query;    // packed [head groups][width/2][16][2]
   std::vector<uint32_t> weights;  // [rows/2][padded heads], two BF16 weights each
   std::vector<float> rows;        // widened rows of a chunk, and their numbers
   std::vector<int32_t> order;
 
   explicit MlaScratch(const MlaSparse& a)
       : scores(size_t(kRowsPerChunk) * a.padded_heads() + kLanes),
-        query(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0),
         weights(size_t(kRowsPerChunk / 2) * a.padded_heads()),
         rows(a.rounded ? size_t(kRowsPerChunk) * a.width : 0),
         order(a.rounded ? kRowsPerChunk : 0) {
@@ -156,6 +154,7 @@ void score_rows(const MlaSparse& a, int64_t token, const int32_t* selected, int 
 }
 
 #if defined(__AVX512BF16__)
+// A token's query as [head groups][width/2][16][2].
 void pack_query(const MlaSparse& a, int64_t token, uint16_t* packed) {
   const uint32_t* query = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(a.query) + token * a.num_heads * a.width);
   uint32_t* to = reinterpret_cast<uint32_t*>(packed);
@@ -168,19 +167,25 @@ void pack_query(const MlaSparse& a, int64_t token, uint16_t* packed) {
 
 // The same with lanes that are heads.
 void score_rows_of_heads(const MlaSparse& a, const uint16_t* packed, const int32_t* selected, int count, float* scores) {
+  constexpr int kNumbersPerLine = 32;
   const int padded = a.padded_heads();
+  for (int r = 0; r < std::min(kRowsAtOnce, count); r++) prefetch_row<uint16_t>(a, selected, r);
   for (int k = 0; k < count; k += kRowsAtOnce) {
-    const uint16_t* rows[kRowsAtOnce];
+    const uint16_t *rows[kRowsAtOnce], *later[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; r++) {
       rows[r] = row_at<uint16_t>(a, selected, std::min(k + r, count - 1));
-      prefetch_row<uint16_t>(a, selected, std::min(k + r + kRowsAtOnce, count - 1));
+      later[r] = row_at<uint16_t>(a, selected, std::min(k + r + kRowsAtOnce, count - 1));
     }
     for (int h = 0; h < padded; h += kLanes) {
       const uint16_t* query = packed + size_t(h) * a.width;
       __m512 sums[kRowsAtOnce];
 #pragma GCC unroll 16
       for (int r = 0; r < kRowsAtOnce; r++) sums[r] = _mm512_setzero_ps();
+      int row = 0, line = h == 0 ? 0 : a.width;
       for (int d = 0; d < a.width; d += 2) {
+        // The next rows, one line at a time: asked for all at once, they would hold these up.
+        if (line < a.width) __builtin_prefetch(later[row] + line);
+        if (++row == kRowsAtOnce) row = 0, line += kNumbersPerLine;
         const __m512bh q = (__m512bh)_mm512_loadu_si512(query + d * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < kRowsAtOnce; r++) {
@@ -319,13 +324,15 @@ void weigh_all_pairs(const MlaSparse& a, const int32_t* selected, int count, flo
 
 // ------------------------------------------------------------------------------------------------------------- chunks
 
+// query: packed, where lanes are heads.
 template <typename Query, typename Latent>
-void attend_chunk(const MlaSparse& a, int64_t token, const int32_t* rows, int count, MlaScratch& s, float* part) {
+void attend_chunk(
+    const MlaSparse& a, int64_t token, const uint16_t* query, const int32_t* rows, int count, MlaScratch& s, float* part) {
   const int padded = a.padded_heads();
   float* sums = part + 2 * padded;
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(Query) == 2 && sizeof(Latent) == 2) {
-    if (a.lanes_are_heads()) score_rows_of_heads(a, s.query.data(), rows, count, s.scores.data());
+    if (a.lanes_are_heads()) score_rows_of_heads(a, query, rows, count, s.scores.data());
     else score_rows<Query, Latent>(a, token, rows, count, s.scores.data());
     soften(s.scores.data(), count, padded, true, part, part + padded);
     return weigh_all_pairs(a, rows, count, s.scores.data(), s.weights.data(), sums);
@@ -346,34 +353,45 @@ void widen_rows(const MlaSparse& a, const int32_t* rows, int count, Number* to) 
   }
 }
 
-// `size` rows of a token; pack_query has been called for it.
-void attend_rows(const MlaSparse& a, int64_t token, const int32_t* rows, int size, MlaScratch& s, float* part) {
+// `size` rows of a token.
+void attend_rows(
+    const MlaSparse& a, int64_t token, const uint16_t* query, const int32_t* rows, int size, MlaScratch& s, float* part) {
   if (a.query_is_bf16) {
-    if (a.latents_are_bf16) attend_chunk<uint16_t, uint16_t>(a, token, rows, size, s, part);
-    else attend_chunk<uint16_t, float>(a, token, rows, size, s, part);
+    if (a.latents_are_bf16) attend_chunk<uint16_t, uint16_t>(a, token, query, rows, size, s, part);
+    else attend_chunk<uint16_t, float>(a, token, query, rows, size, s, part);
   } else {
-    if (a.latents_are_bf16) attend_chunk<float, uint16_t>(a, token, rows, size, s, part);
-    else attend_chunk<float, float>(a, token, rows, size, s, part);
+    if (a.latents_are_bf16) attend_chunk<float, uint16_t>(a, token, query, rows, size, s, part);
+    else attend_chunk<float, float>(a, token, query, rows, size, s, part);
   }
 }
 
 // Chunk `chunk` of a token.
-void attend_chunk(const MlaSparse& a, int64_t token, int chunk, int count, MlaScratch& s, float* part) {
+void attend_chunk(const MlaSparse& a, int64_t token, const uint16_t* query, int chunk, int count, MlaScratch& s, float* part) {
   const int32_t* rows = a.selection + token * a.num_selected + chunk * kRowsPerChunk;
   const int size = std::min(kRowsPerChunk, count - chunk * kRowsPerChunk);
-  if (a.rounded == nullptr) return attend_rows(a, token, rows, size, s, part);
+  if (a.rounded == nullptr) return attend_rows(a, token, query, rows, size, s, part);
   if (a.latents_are_bf16) widen_rows(a, rows, size, reinterpret_cast<uint16_t*>(s.rows.data()));
   else widen_rows(a, rows, size, s.rows.data());
   MlaSparse widened = a;
   widened.latents = s.rows.data();
-  attend_rows(widened, token, s.order.data(), size, s, part);
+  attend_rows(widened, token, query, s.order.data(), size, s, part);
 }
 
-void prepare_query(const MlaSparse& a, int64_t token, MlaScratch& s) {
+// Packed queries of one token after the other.
+class PackedQuery {
+ public:
+  explicit PackedQuery(const MlaSparse& a) : a_(a), packed_(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0) {}
+  const uint16_t* of(int64_t token) {
 #if defined(__AVX512BF16__)
-  if (a.lanes_are_heads()) pack_query(a, token, s.query.data());
+    if (a_.lanes_are_heads()) pack_query(a_, token, packed_.data());
 #endif
-}
+    return packed_.data();
+  }
+
+ private:
+  const MlaSparse& a_;
+  std::vector<uint16_t> packed_;
+};
 
 // The chunks of a token, in order -> its output.
 void join_chunks(const MlaSparse& a, int64_t token, int num_chunks, const float* parts) {
@@ -403,20 +421,22 @@ void mla_sparse_all(const MlaSparse& a) {
   if (a.num_tokens == 1) {  // one token: share its chunks
     const int count = a.count(0), num_chunks = (count + kRowsPerChunk - 1) / kRowsPerChunk;
     std::vector<float> parts(size_t(num_chunks) * a.part_size());
+    PackedQuery packed(a);
+    const uint16_t* query = packed.of(0);
     for_each_task(num_chunks, [&](int64_t chunk) {
       MlaScratch scratch(a);
-      prepare_query(a, 0, scratch);
-      attend_chunk(a, 0, int(chunk), count, scratch, &parts[chunk * a.part_size()]);
+      attend_chunk(a, 0, query, int(chunk), count, scratch, &parts[chunk * a.part_size()]);
     });
     return join_chunks(a, 0, num_chunks, parts.data());
   }
   for_each_run(a.num_tokens, 4, [&](int64_t first, int64_t last) {
     MlaScratch scratch(a);
+    PackedQuery packed(a);
     scratch.parts.resize(size_t(max_chunks) * a.part_size());
     for (int64_t token = first; token < last; token++) {
       const int count = a.count(token), num_chunks = (count + kRowsPerChunk - 1) / kRowsPerChunk;
-      prepare_query(a, token, scratch);
-      for (int c = 0; c < num_chunks; c++) attend_chunk(a, token, c, count, scratch, &scratch.parts[c * a.part_size()]);
+      const uint16_t* query = packed.of(token);
+      for (int c = 0; c < num_chunks; c++) attend_chunk(a, token, query, c, count, scratch, &scratch.parts[c * a.part_size()]);
       join_chunks(a, token, num_chunks, scratch.parts.data());
     }
   });
