@@ -139,6 +139,32 @@ def test_progress_counts_tokens(open_session: Any, text: list[int]) -> None:
     assert seen == [(20, 50), (40, 50), (50, 50)]
 
 
+def test_an_interrupt_while_lost_logits_are_made_again_loses_no_token(
+    open_session: Any, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session()
+    session.prefill(text[:40])
+    session.truncate(33)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_batch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            session.logprobs(text[33:40])
+    assert session.token_ids == tuple(text[:33])
+    expected = open_session()
+    expected.prefill(text[:33])
+    torch.testing.assert_close(session.logprobs(text[33:40]), expected.logprobs(text[33:40]))
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_logits_need_a_chunk(open_session: Any, text: list[int], chunk_size: int) -> None:
+    with pytest.raises(RequestError, match="chunk_size"):
+        list(open_session().logits(text[:5], chunk_size=chunk_size))
+
+
 def test_an_interrupted_read_leaves_the_session_as_it_was(open_session: Any, text: list[int]) -> None:
     session = open_session()
     session.prefill(text[:30])

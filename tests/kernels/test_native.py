@@ -255,6 +255,21 @@ def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     assert "can be written by other users" in run(tmp_path).stdout
 
 
+def test_a_library_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.runtime, "settings", lambda: native.runtime.Settings(cache=tmp_path))
+
+    def compile_nothing(command: list[str]) -> tuple[int, str]:
+        Path(command[command.index("-o") + 1]).touch(mode=0o775)
+        return 0, ""
+
+    monkeypatch.setattr(native, "_run_bounded", compile_nothing)
+    library = native.build("scalar")
+    assert library.stat().st_mode & 0o077 == 0
+    library.chmod(0o775)
+    with pytest.raises(KernelError, match=f"{library} can be written by other users; remove it"):
+        native.build("scalar")
+
+
 def test_an_instruction_set_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_processor_flags", frozenset)
     monkeypatch.setattr(native.runtime, "settings", lambda: native.runtime.Settings(isa="avx512"))

@@ -102,13 +102,19 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(operators: objec
 
 
 def test_all_fp8_numbers(operators: object) -> None:
-    """Subnormals, zeros of both signs and the largest, one at a time."""
+    """Subnormals, zeros and NaN of both signs and the largest, one at a time."""
     bits = torch.arange(256, dtype=torch.uint8)
-    bits = torch.where(bits & 127 == 127, 0, bits).to(torch.uint8)
     data = bits.view(torch.float8_e4m3fn)[:, None].expand(256, 2).contiguous()
     weight = QuantizedWeight(format="fp8", data=data, scales=torch.ones(2, 1), group_size=128, shape=(256, 2))
     found = ops.linear(torch.tensor([[1.0, 0.0]]).to(BF16), pack(operators, weight))
-    assert torch.equal(found[0], bits.view(torch.float8_e4m3fn).to(BF16))
+    expected = bits.view(torch.float8_e4m3fn).to(BF16)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("group_size", [48, 512])
+def test_groups_across_parts_of_a_product_are_refused(operators: object, group_size: int) -> None:
+    with pytest.raises(KernelError, match=f"int4 groups of {group_size}"):
+        pack(operators, weight_of("int4", (16, 1024), group_size))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

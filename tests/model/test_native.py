@@ -1,7 +1,9 @@
 """Whole layers in C++ against the same layers operation by operation, for every shape of batch and every format."""
 
 import copy
+import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from indexshare.errors import KernelError
 from indexshare.kernels import native, registry
 from indexshare.kernels.cache_formats import CacheFormats
 from indexshare.kernels.layout import KeyLayout
-from indexshare.kernels.packed import PackedWeight
+from indexshare.kernels.packed import Matrix, PackedWeight
 from indexshare.model import recipes
 from indexshare.model.batch import ForwardBatch, Trace
 from indexshare.model.glm import GlmForCausalLM, weights_of
-from indexshare.model.native import pack_model
+from indexshare.model.native import Layer, Model, pack_model
 from indexshare.model.weights import load_checkpoint, save_model
 
 INSTRUCTION_SETS = native.runnable()
@@ -216,8 +218,35 @@ def test_a_trace_sees_the_selections(isa: str) -> None:
 def test_nan_names_the_layer() -> None:
     model = make_model()
     model.model.layers[4].self_attn.indexer.wk.weight[0, 0] = float("nan")
-    with pytest.raises(KernelError, match=r"layer 4: .* NaN; run `indexshare doctor`"):
-        LLM(packed(model)).logprobs(TEXT)
+    llm = LLM(packed(model))
+    for chunk_size in (512, 1):
+        with pytest.raises(KernelError, match=r"layer 4: .* NaN; run `indexshare doctor`"):
+            llm.logprobs(TEXT, chunk_size=chunk_size)
+
+
+def test_what_replaces_the_parameters_afterwards_is_not_read() -> None:
+    model = packed(make_model(BF16))
+    llm = LLM(model)
+    expected = llm.logprobs(TEXT)
+    weight = model.model.embed_tokens.weight
+    size, weight.data = weight.shape, torch.zeros(1, dtype=BF16)
+    taken = [torch.ones(size, dtype=BF16) for _ in range(8)]  # where the old numbers were, if they were freed
+    assert torch.equal(llm.logprobs(TEXT), expected)
+    del taken
+
+
+def test_threads_of_the_caller_do_not_meet() -> None:
+    llm = LLM(packed(make_model()))
+    texts = [list(range(1, 20)), list(range(30, 90))]
+    expected = [llm.logprobs(text) for text in texts]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: (i % 2, llm.logprobs(texts[i % 2])), range(60)))
+    assert all(torch.equal(result, expected[which]) for which, result in found)
+
+
+def test_structures_are_those_of_the_kernels(isa: str) -> None:
+    sizes = [native.load(isa).structure_size(which) for which in range(3)]
+    assert sizes == [ctypes.sizeof(each) for each in (Matrix, Layer, Model)]
 
 
 def test_dense_attention_goes_operation_by_operation() -> None:

@@ -117,6 +117,7 @@ class Session:
 
         Errors as in `prefill`, chunk by chunk.
         """
+        check_integer("chunk_size", chunk_size, 1, 2**31 - 1)
         tokens = self._checked(token_ids)
         for start in range(0, len(tokens), chunk_size):
             hidden: list[Tensor] = []
@@ -229,9 +230,11 @@ class Session:
     def _logits_now(self) -> Tensor:
         """Logits [vocab] after the last token in the cache, which is read again when a truncate has lost them."""
         if self._last_logits is None:
-            last = self._token_ids[-1]
-            self.truncate(self.context_length - 1)
-            self.decode(last)
+            last = self._token_ids.pop()
+            try:
+                _, self._last_logits = self._forward((last,), wants_logits=True)
+            finally:
+                self._token_ids.append(last)  # its row is written with the same numbers
         assert self._last_logits is not None
         return self._last_logits
 

@@ -182,11 +182,13 @@ class SpeculativeSession(Session):
         length = self.context_length
         if length > self._waiting_from:
             return self._waiting[: length - self._waiting_from]
-        self._waiting_from = max(length - 1, 0)
         if length == 0:
+            self._waiting, self._waiting_from = self._nothing, 0
             return self._nothing
         last = self._token_ids.pop()
         try:
-            return super()._forward((last,))[0]
+            hidden, _ = super()._forward((last,))
         finally:
             self._token_ids.append(last)
+        self._waiting, self._waiting_from = hidden, length - 1
+        return hidden

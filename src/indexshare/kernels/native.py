@@ -1,7 +1,7 @@
 """The C++ twins: compiled on this machine at first use, kept in the user's cache, registered beside the specifications.
 
-    cpp/vectors.h  index_select.h  mla_sparse.h     the arithmetic, one source for every instruction set
-    cpp/native.cpp                                  torch operators (LibTorch Stable ABI), split over torch's threads
+    cpp/*.h           the arithmetic, one source for every instruction set, on torch's threads (docs/kernels.md)
+    cpp/native.cpp    torch operators (LibTorch Stable ABI)
 
 `enable()` does all of it once per process. Without a compiler, or when the build fails, the specifications run, one
 warning says why, and so does `indexshare kernels`.
@@ -127,8 +127,12 @@ def build(isa: str) -> Path:
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     name = f"kernels-{isa}-{key.hexdigest()[:16]}.so"
     directory = _writable(cache)
-    library = next((each / name for each in (cache, directory) if os.path.exists(each / name)), directory / name)
-    _check_owner(library.parent)
+    if directory != cache and os.path.exists(cache / name) and not (_distrust(cache) or _distrust(cache / name)):
+        return cache / name
+    library = directory / name
+    for place in (directory, library):
+        if reason := _distrust(place):
+            raise KernelError(f"{place} {reason}; remove it, or set INDEXSHARE_CACHE to another directory")
     if library.exists():
         return library
     try:
@@ -165,13 +169,15 @@ def _writable(cache: Path) -> Path:
         return _temporary_directory()
 
 
-def _check_owner(directory: Path) -> None:
-    """What lies in it is executed: KernelError when another user, but for root, can write to it."""
-    status = directory.stat()
-    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise KernelError(
-            f"{directory} can be written by other users; run `chmod go-w {directory}` or set INDEXSHARE_CACHE"
-        )
+def _distrust(place: Path) -> str | None:
+    """Why a library, or what is in a directory, must not be executed: others than this user and root could write it."""
+    try:
+        status = place.stat()
+    except OSError:
+        return None  # there is nothing
+    if status.st_uid not in (os.getuid(), 0):
+        return "belongs to another user"
+    return "can be written by other users" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
 
 
 @functools.cache
@@ -198,6 +204,7 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
         if status != 0:
             errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()[-1:]
             raise KernelError(f"{compiler} failed: {' '.join(errors[:1]) or f'exit status {status}'}")
+        partial.chmod(0o700)
         os.replace(partial, library)
         outcome = f"{time.perf_counter() - begin:.0f} s, kept in {library.parent}"
     except subprocess.TimeoutExpired:
@@ -311,7 +318,9 @@ def _mla_sparse_twin(name: str, operators: Any) -> registry.Twin:
 
 def _linear_twin(name: str, operators: Any) -> registry.Twin:
     def supports(x: Tensor, weight: ops.Weight) -> str | None:
-        return _refusal(x.contiguous()) if isinstance(weight, PackedWeight) else "the weight is not packed"
+        if not isinstance(weight, PackedWeight):
+            return "the weight is not packed"
+        return _refusal(x.contiguous()) if x.shape[-1] == weight.shape[-1] else "the widths of x and weight differ"
 
     def linear(x: Tensor, weight: PackedWeight) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -328,8 +337,8 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
             return "the weights are not packed"
         if 2 * gate_up.matrix.num_outputs != gate_up.shape[1]:
             return "gate and up were packed as one piece"
-        if gates.dtype != torch.float32 or not experts.is_contiguous():
-            return "gates must be float32 and experts contiguous"
+        if gates.dtype != torch.float32 or experts.dtype != torch.int64 or not experts.is_contiguous():
+            return "gates must be float32, experts int64 and contiguous"
         return _refusal(hidden, gates)
 
     def moe_experts(
@@ -344,7 +353,7 @@ def _moe_experts_twin(name: str, operators: Any) -> registry.Twin:
 
 def _rms_norm_twin(name: str, operators: Any) -> registry.Twin:
     def supports(x: Tensor, weight: Tensor, eps: float) -> str | None:
-        return _refusal(x, weight)
+        return _refusal(x, weight) if x.shape[-1:] == weight.shape else "the widths of x and weight differ"
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         output = torch.empty_like(x)

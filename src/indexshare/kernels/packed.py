@@ -22,6 +22,7 @@ from indexshare.kernels.formats import FP8_BLOCK, Format, QuantizedWeight
 LANES, STRIP = 16, 4  # outputs in a block, blocks in a strip
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"int8": 2, "int4": 3, "fp8": 4}
+INT4_GROUPS = (8, 16, 32, 64, 128, 256)  # divisors of kInputsAtOnce in linear.h, of whole steps
 INPUTS_PER_STEP = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2}
 
 
@@ -122,8 +123,8 @@ def pack(
     if isinstance(weight, QuantizedWeight):
         dtype: torch.dtype | Format = weight.format
         matrix.format, matrix.group = FORMATS[weight.format], 0 if weight.format == "fp8" else weight.group_size
-        if weight.format == "int4" and weight.group_size % 8:
-            raise KernelError(f"int4 groups of {weight.group_size}: the C++ kernels take multiples of 8")
+        if weight.format == "int4" and weight.group_size not in INT4_GROUPS:
+            raise KernelError(f"int4 groups of {weight.group_size}: the C++ kernels take {INT4_GROUPS}")
         packed_scales = _pack_scales(weight)
         scales = empty(packed_scales.nbytes).view(packed_scales.dtype).view(packed_scales.shape).copy_(packed_scales)
         matrix.scales = scales.data_ptr()

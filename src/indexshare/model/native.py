@@ -19,7 +19,7 @@ from indexshare import runtime
 from indexshare.errors import KernelError
 from indexshare.kernels import native, ops, registry
 from indexshare.kernels.formats import QuantizedWeight
-from indexshare.kernels.packed import LANES, Matrix, PackedWeight, as_tensor, fits_bfloat16, pack
+from indexshare.kernels.packed import INT4_GROUPS, LANES, Matrix, PackedWeight, as_tensor, fits_bfloat16, pack
 from indexshare.model.batch import ForwardBatch, Selection
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import (
@@ -142,11 +142,15 @@ def _refusal(model: GlmForCausalLM) -> str | None:
         return f"kv_lora_rank and moe_intermediate_size must be multiples of {LANES} for the C++ kernels"
     if config.qk_rope_head_dim > MAX_ROPE:
         return f"qk_rope_head_dim is more than {MAX_ROPE}"
+    if model.model.norm.weight.dtype != weight.dtype:
+        return f"norms are {model.model.norm.weight.dtype}, the embedding {weight.dtype}"
     if any(_kind(part.gate_proj) != _kind(part.up_proj) for part in model.modules() if isinstance(part, Mlp)):
         return "gate_proj and up_proj of a layer have different formats"
     quantized = [weight for weight in weights_of(model).values() if isinstance(weight, QuantizedWeight)]
     if any(weight.format != "fp8" and not fits_bfloat16(weight.scales) for weight in quantized):
         return "scales of integer weights are finer than bfloat16, or not numbers"
+    if any(weight.format == "int4" and weight.group_size not in INT4_GROUPS for weight in quantized):
+        return "groups of int4 weights have a size that the C++ kernels do not take"
     return None
 
 
@@ -170,6 +174,7 @@ def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLaye
     array = (Layer * len(layers))(*(_pack_layer(config, layer, packer, owned) for layer in layers))
     owned.append(array)
     assert isinstance(head, PackedWeight), "projections are packed first"
+    embedding = None if stack.embedding is None else stack.embedding.weight.detach().contiguous()
     model = Model(
         geometry=Geometry(
             hidden=config.hidden_size,
@@ -190,13 +195,13 @@ def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLaye
         ),
         layers=ctypes.addressof(array),
         num_layers=len(layers),
-        embedding=None if stack.embedding is None else stack.embedding.weight.data_ptr(),
+        embedding=None if embedding is None else embedding.data_ptr(),
         vocab=config.vocab_size,
         norm=_norm(stack.norm, owned),
         head=head.matrix,
         rope_theta=config.rope_theta,
     )
-    owned.append((head, stack.embedding))
+    owned.append((head, embedding))
     return PackedLayers(
         operators=operators,
         model=as_tensor(model),
@@ -264,10 +269,13 @@ def _supports(
         return "there is no cache: this is training"
     if batch.attention != "sparse":
         return "attention is dense"
-    if not cache.dtypes <= {packed.dtype} or (stack.embedding is None and inputs.dtype != packed.dtype):
+    if not cache.dtypes <= {packed.dtype} or inputs.dtype != (packed.dtype if stack.embedding is None else torch.int64):
         caches = ", ".join(map(str, cache.dtypes))
         return f"caches are {caches}, inputs {inputs.dtype}, weights packed for {packed.dtype}"
-    return None
+    for tensor in (batch.positions, batch.layout.page_table):
+        if tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            return "positions and page tables must be int64 and contiguous"
+    return None if inputs.is_contiguous() else "the inputs are not contiguous"
 
 
 def _run(

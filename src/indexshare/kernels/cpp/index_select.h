@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "candidates.h"
+#include "linear.h"
 #include "pool.h"
 
 namespace {

@@ -81,7 +81,16 @@ void encode(const Matrix& m, const float* x, uint8_t* out) {
 // Memory that one call after the other uses again: fresh pages from the system cost more than small products.
 class Arena {
  public:
-  void reset() { used_ = 0, place_ = 0; }
+  // Several blocks become one, which is all that the next pass needs if it is like this one.
+  void reset() {
+    if (blocks_.size() > 1) {
+      size_t size = 0;
+      for (const auto& block : blocks_) size += block.size();
+      blocks_.clear();
+      blocks_.emplace_back(size);
+    }
+    used_ = 0, place_ = 0;
+  }
   uint8_t* bytes(int64_t count) {
     count = (count + 63) / 64 * 64;
     while (place_ < blocks_.size() && used_ + count > int64_t(blocks_[place_].size()) - 64) place_++, used_ = 0;

@@ -116,11 +116,10 @@ class LayerRun {
   LayerRun(const Layer& layer, const Step& step, Pool latents, Pool index_keys, Arena& arena, Seconds& seconds)
       : layer_(layer), step_(step), g_(*step.geometry), latents_(latents), index_keys_(index_keys), arena_(arena), seconds_(seconds) {}
 
-  // Returns whether an index score was NaN.
+  // Returns whether an index score was NaN; then `hidden` is of no use.
   bool run(float* hidden) {
     arena_.reset();
     const int64_t T = step_.num_tokens;
-    bool is_nan = false;
     double begun = now();
     auto spend = [&](double& on) { const double time = now(); on += time - begun, begun = time; };
     float* normed = arena_.floats(T * g_.hidden);
@@ -142,7 +141,7 @@ class LayerRun {
     }
     absorb();
     spend(seconds_.linear);
-    if (runs_indexer()) is_nan = select();
+    if (runs_indexer() && select()) return true;
     spend(seconds_.index_select);
     const uint8_t* attended = attend();
     spend(seconds_.mla_sparse);
@@ -158,7 +157,7 @@ class LayerRun {
     spend(seconds_.linear);
     if (layer_.num_experts > 0) mixture(normed, hidden);
     spend(seconds_.moe_experts);
-    return is_nan;
+    return false;
   }
 
  private:

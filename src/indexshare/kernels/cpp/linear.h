@@ -14,12 +14,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ products
 
-ALWAYS_INLINE int32_t word_at(const uint8_t* x) {
-  int32_t word;
-  memcpy(&word, x, 4);
-  return word;
-}
-
 template <int kFormat>
 ALWAYS_INLINE Word16 weights_at(const uint8_t* data) {
   return *reinterpret_cast<const Word16*>(data);
@@ -32,7 +26,7 @@ struct Fp8Bytes {
   alignas(64) uint8_t bytes[128];
   constexpr explicit Fp8Bytes(int shift) : bytes() {
     for (int x = 0; x < 128; x++) {
-      int bits = (x << 4) + (120 << 7);
+      int bits = x == 127 ? 0x7fc0 : (x << 4) + (120 << 7);  // the last one is NaN
       if (x < 8) {  // x * 2^-9: its leading bit's place gives the exponent
         const int place = x >= 4 ? 2 : x >= 2 ? 1 : 0;
         bits = x == 0 ? 0 : ((118 + place) << 7) + ((x - (1 << place)) << (7 - place));
@@ -62,7 +56,7 @@ ALWAYS_INLINE Word16 weights_at<kFp8>(const uint8_t* data) {
   const Half32 size = x & 0x7f, sign = (x & 0x80) << 8;
   const Half32 one_or_none = size == 1 ? Half32{} + 0x3b00 : Half32{};
   const Half32 small = size >= 4 ? 0x3c00 + ((size - 4) << 5) : size >= 2 ? 0x3b80 + ((size - 2) << 6) : one_or_none;
-  const Half32 normal = (size << 4) + (120 << 7);
+  const Half32 normal = size == 127 ? Half32{} + 0x7fc0 : (size << 4) + (120 << 7);
   Half32 bits = (size < 8 ? small : normal) | sign;
   return reinterpret_cast<Word16&>(bits);
 }

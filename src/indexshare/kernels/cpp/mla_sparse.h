@@ -327,7 +327,7 @@ void weigh_all_pairs(const MlaSparse& a, const int32_t* selected, int count, flo
 // query: packed, where lanes are heads.
 template <typename Query, typename Latent>
 void attend_chunk(
-    const MlaSparse& a, int64_t token, const uint16_t* query, const int32_t* rows, int count, MlaScratch& s, float* part) {
+    const MlaSparse& a, int64_t token, [[maybe_unused]] const uint16_t* query, const int32_t* rows, int count, MlaScratch& s, float* part) {
   const int padded = a.padded_heads();
   float* sums = part + 2 * padded;
 #if defined(__AVX512BF16__)
@@ -381,7 +381,7 @@ void attend_chunk(const MlaSparse& a, int64_t token, const uint16_t* query, int 
 class PackedQuery {
  public:
   explicit PackedQuery(const MlaSparse& a) : a_(a), packed_(a.lanes_are_heads() ? size_t(a.padded_heads()) * a.width : 0) {}
-  const uint16_t* of(int64_t token) {
+  const uint16_t* of([[maybe_unused]] int64_t token) {
 #if defined(__AVX512BF16__)
     if (a_.lanes_are_heads()) pack_query(a_, token, packed_.data());
 #endif
@@ -393,14 +393,14 @@ class PackedQuery {
   std::vector<uint16_t> packed_;
 };
 
-// The chunks of a token, in order -> its output.
+// The chunks of a token, in order -> its output; zeros where no row was selected.
 void join_chunks(const MlaSparse& a, int64_t token, int num_chunks, const float* parts) {
   const int padded = a.padded_heads();
   const int64_t size = a.part_size();
   std::vector<float> shares(num_chunks);
   for (int h = 0; h < a.num_heads; h++) {
-    float peak = parts[h], total = 0.0f;
-    for (int c = 1; c < num_chunks; c++) peak = std::max(peak, parts[c * size + h]);
+    float peak = -std::numeric_limits<float>::infinity(), total = 0.0f;
+    for (int c = 0; c < num_chunks; c++) peak = std::max(peak, parts[c * size + h]);
     for (int c = 0; c < num_chunks; c++) {
       shares[c] = std::exp(parts[c * size + h] - peak);
       total += shares[c] * parts[c * size + padded + h];
@@ -409,7 +409,7 @@ void join_chunks(const MlaSparse& a, int64_t token, int num_chunks, const float*
     for (int d = 0; d < a.latent_dim; d += kLanes) {
       Float16 sum{};
       for (int c = 0; c < num_chunks; c++) sum += load(parts + c * size + 2 * padded + h * a.latent_dim + d) * shares[c];
-      sum = sum / total;
+      if (num_chunks > 0) sum = sum / total;
       if (a.query_is_bf16) store(static_cast<uint16_t*>(a.output) + place + d, sum);
       else store(static_cast<float*>(a.output) + place + d, sum);
     }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <mutex>
 
 #include "index_select.h"
 #include "layer.h"
@@ -48,11 +49,24 @@ void narrow_rows(const float* x, const Tensor& tensor) {
   });
 }
 
-// One engine thread at a time runs layers: they share this memory.
-Arena& arena() {
-  static Arena shared;
-  return shared;
-}
+// Memory of the operators that use it, for one of them at a time: torch lets several Python threads call.
+class SharedArena {
+ public:
+  SharedArena() : lock_(mutex()) { arena().reset(); }
+  Arena& operator*() const { return arena(); }
+  Arena* operator->() const { return &arena(); }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex shared;
+    return shared;
+  }
+  static Arena& arena() {
+    static Arena shared;
+    return shared;
+  }
+  std::lock_guard<std::mutex> lock_;
+};
 
 int64_t structure_size(int64_t which) { return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : sizeof(Model); }
 
@@ -76,10 +90,10 @@ int64_t packed_bytes(const Tensor& matrix) {
 // x [T, in] -> output [T, out], both BF16 or fp32.
 void linear(const Tensor& x, const Tensor& matrix, const Tensor& output) {
   const Matrix& m = *data<Matrix>(matrix);
-  arena().reset();
-  float *wide = arena().floats(x.numel()), *sums = arena().floats(output.numel());
+  SharedArena arena;
+  float *wide = arena->floats(x.numel()), *sums = arena->floats(output.numel());
   widen_rows(x, wide);
-  Input rows(wide, x.size(0), m.width, arena());
+  Input rows(wide, x.size(0), m.width, *arena);
   run_jobs({{&m, rows.rows(m), x.size(0), sums, m.num_outputs, kStore}});
   narrow_rows(sums, output);
 }
@@ -88,13 +102,13 @@ void moe_experts(
     const Tensor& hidden, const Tensor& experts, const Tensor& gates, const Tensor& gate_up, const Tensor& down, int64_t num_experts,
     const Tensor& output) {
   const int64_t num_tokens = hidden.size(0), width = hidden.size(1);
-  arena().reset();
-  float *wide = arena().floats(hidden.numel()), *sums = arena().floats(hidden.numel());
+  SharedArena arena;
+  float *wide = arena->floats(hidden.numel()), *sums = arena->floats(hidden.numel());
   std::fill(sums, sums + hidden.numel(), 0.0f);
   widen_rows(hidden, wide);
-  Input x(wide, num_tokens, width, arena());
+  Input x(wide, num_tokens, width, *arena);
   Experts run(*data<Matrix>(gate_up), *data<Matrix>(down), num_experts, experts.size(1), num_tokens, data<int64_t>(experts), data<float>(gates));
-  run.add(x, width, sums, arena());
+  run.add(x, width, sums, *arena);
   narrow_rows(sums, output);
 }
 
@@ -125,8 +139,8 @@ bool index_select(
 // x [T, D] -> weight * x / rms(x), all BF16 or fp32.
 void rms_norm_rows(const Tensor& x, const Tensor& weight, double eps, const Tensor& output) {
   const int64_t width = weight.numel(), num_rows = x.numel() / width;
-  arena().reset();
-  float *wide = arena().floats(x.numel()), *scales = arena().floats(width);
+  SharedArena arena;
+  float *wide = arena->floats(x.numel()), *scales = arena->floats(width);
   widen_rows(weight, scales);
   widen_rows(x, wide);
   for_each_run(num_rows, 64, [&](int64_t first, int64_t last) {
@@ -171,6 +185,7 @@ int64_t run_model(
     const Tensor& model, const Tensor& inputs, const Tensor& positions, const Tensor& hidden, const Tensor& logits, const Tensor& lengths,
     const Tensor& page_table, int64_t page_size, const Tensor& caches, int64_t latent_group, int64_t key_group, bool query_only,
     const Tensor& selections, const Tensor& seconds) {
+  SharedArena arena;
   const Model& m = *data<Model>(model);
   Step step{};
   step.geometry = &m.geometry;
@@ -185,7 +200,7 @@ int64_t run_model(
   step.query_only = query_only;
   step.num_selected = selections.size(2);
   const ModelRun::Result result{hidden.data_ptr(), mutable_data<float>(logits), logits.size(0), mutable_data<int32_t>(selections), selections.size(0)};
-  ModelRun run(m, step, data<int64_t>(caches), int(latent_group), int(key_group), arena(), *mutable_data<Seconds>(seconds));
+  ModelRun run(m, step, data<int64_t>(caches), int(latent_group), int(key_group), *arena, *mutable_data<Seconds>(seconds));
   return run.run(inputs.data_ptr(), data<int64_t>(positions), result);
 }
 

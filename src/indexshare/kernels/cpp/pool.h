@@ -1,7 +1,7 @@
 // Rows of a cache: numbers of the activations' type, or rounded to int8 (kernels/cache_formats.py has the format).
 #pragma once
 
-#include "linear.h"
+#include "inputs.h"
 
 namespace {
 

@@ -37,12 +37,16 @@ class Team {
     Team team;
     torch::stable::parallel_for(0, num_threads, 1, [&](int64_t first, int64_t) {
       if (first != 0) return team.follow();
-      current() = &team;
+      const Leading leading(team);  // its end sends the others home, also when the program throws
       program();
-      current() = nullptr;
-      team.is_done_ = true;
     });
   }
+
+  struct Leading {
+    explicit Leading(Team& team) : team(team) { current() = &team; }
+    ~Leading() { current() = nullptr, team.is_done_ = true; }
+    Team& team;
+  };
 
   static Team*& current() {
     static thread_local Team* team = nullptr;
@@ -54,13 +58,28 @@ class Team {
   void run(int64_t count, Function function, const void* context) {
     function_ = function, context_ = context, count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    stretch_.fetch_add(1);  // odd: open
+    const Stretch stretch(*this);
     work(function, context, count);
-    stretch_.fetch_add(1);  // closed: who has not counted himself in by now does not come in any more
-    for (int spins = 0; num_inside_.load() != 0;) pause_briefly(spins);
   }
 
  private:
+  // Open while it lives; at its end all have left, also when a task throws.
+  struct Stretch {
+    explicit Stretch(Team& team) : team(team) { team.stretch_.fetch_add(1); }  // odd: open
+    ~Stretch() {
+      team.next_ = team.count_;
+      team.stretch_.fetch_add(1);  // closed: who has not counted himself in by now does not come in any more
+      for (int spins = 0; team.num_inside_.load() != 0;) pause_briefly(spins);
+    }
+    Team& team;
+  };
+
+  struct Inside {
+    explicit Inside(Team& team) : team(team) { team.num_inside_.fetch_add(1); }
+    ~Inside() { team.num_inside_.fetch_sub(1); }
+    Team& team;
+  };
+
   void work(Function function, const void* context, int64_t count) {
     for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count;) function(context, task);
   }
@@ -73,9 +92,10 @@ class Team {
         pause_briefly(spins);
         continue;
       }
-      num_inside_.fetch_add(1);
-      if (stretch_.load() == now) work(function_, context_, count_);
-      num_inside_.fetch_sub(1);
+      {
+        const Inside inside(*this);
+        if (stretch_.load() == now) work(function_, context_, count_);
+      }
       seen = now, spins = 0;
     }
   }

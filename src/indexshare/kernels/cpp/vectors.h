@@ -110,6 +110,13 @@ void narrow_row(const float* x, int64_t count, Number* y) {
   for (; i < count; i++) narrow(x[i], y + i);
 }
 
+// Four bytes, wherever they lie.
+ALWAYS_INLINE int32_t word_at(const uint8_t* x) {
+  int32_t word;
+  memcpy(&word, x, 4);
+  return word;
+}
+
 // To the nearest bfloat16.
 void round_row(float* x, int64_t count) {
   int64_t i = 0;

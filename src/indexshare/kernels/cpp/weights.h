@@ -16,7 +16,7 @@ namespace {
 
 enum Format : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kFp8 = 4 };
 
-// A weight [num_outputs, width]; the fields are mirrored in native.py.
+// A weight [num_outputs, width]; the fields are mirrored in kernels/packed.py.
 struct Matrix {
   const uint8_t* data;
   const void* scales;
