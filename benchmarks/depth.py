@@ -59,16 +59,18 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory, nano, mid or tiny")
-    parser.add_argument("--depths", default="2048,32768,65536", help="tokens of context")
-    parser.add_argument("--repeats", type=int, default=5, help="of each figure, the depths in turn")
+    parser.add_argument("--depths", type=numbers, default="2048,32768,65536", help="tokens of context")
+    parser.add_argument("--repeats", type=positive, default=5, help="of each figure, the depths in turn")
     parser.add_argument("--index-cache", choices=("int8",), help="as in `indexshare generate`")
     parser.add_argument("--latent-cache", choices=("int8",), help="as in `indexshare generate`")
     parser.add_argument("--json", type=Path, help="write the figures")
     options = parser.parse_args()
     llm = load(options.model, CacheFormats(latents=options.latent_cache, index_keys=options.index_cache))
-    depths = [int(depth) for depth in options.depths.split(",")]
+    depths = options.depths
     speeds = measure(llm, depths, options.repeats)
-    table = Table("context", "prefill, tokens/s", "", "decode, tokens/s", "", "step outside the kernels")
+    table = Table(
+        "context", "prefill, tokens/s", "of the first", "decode, tokens/s", "of the first", "step outside the kernels"
+    )
     for speed in speeds:
         of_first = (f"{speed.prefill / speeds[0].prefill:.0%}", f"{speed.decode / speeds[0].decode:.0%}")
         rates = (f"{speed.prefill:,.0f}", of_first[0], f"{speed.decode:,.1f}", of_first[1])
@@ -76,6 +78,18 @@ def main() -> None:
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n", encoding="utf-8")
+
+
+def positive(text: str) -> int:
+    """A number that argparse refuses when it is not above zero."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Positive numbers with commas between them."""
+    return [positive(number) for number in text.split(",")]
 
 
 def load(model: str, caches: CacheFormats) -> LLM:

@@ -324,3 +324,19 @@ def test_chat_answers(
 def test_sampling_options_are_checked(capsys: pytest.CaptureFixture[str], written_model: Path) -> None:
     code, _, err = run(capsys, "generate", str(written_model), "--prompt", "x", "--top-p", "2", *EXACT)
     assert code == 2 and err.startswith("error: top_p")
+
+
+def test_an_interrupt_while_torch_is_imported_ends_the_process() -> None:
+    """What is raised then is caught inside torch, which goes on with half of numpy."""
+    code = (
+        "import os, signal, sys, types, importlib.machinery\n"
+        "from indexshare import runtime\n"
+        "signal.signal(signal.SIGINT, runtime.interrupt)\n"
+        "torch = types.ModuleType('torch')\n"
+        "torch.__spec__ = importlib.machinery.ModuleSpec('torch', None)\n"
+        "torch.__spec__._initializing = True\n"
+        "sys.modules['torch'] = torch\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('swallowed')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from indexshare import __version__
+from indexshare import __version__, runtime
 from indexshare.errors import IndexShareError, RequestError
 from indexshare.options import (
     DEFAULT_CACHE,
@@ -38,7 +39,8 @@ app = App(
     help_epilogue=(
         "MODEL is a directory, nano (the model in this package), or a hub id such as zai-org/GLM-5.2.\n\n"
         "Environment: INDEXSHARE_DEVICE is what --device auto means, INDEXSHARE_THREADS how many CPU threads run, "
-        "INDEXSHARE_WORKSPACE_MIB the MiB of temporary buffers (256).\n\n"
+        "INDEXSHARE_WORKSPACE_MIB the MiB of temporary buffers (256), INDEXSHARE_ISA the C++ kernels' instruction set "
+        "(avx512, avx2, scalar), INDEXSHARE_CACHE where they are kept.\n\n"
         "Start with: indexshare demo"
     ),
     help_format="plaintext",
@@ -365,6 +367,7 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check failed, 2 an error (one line), 130 interrupted."""
     warnings.showwarning = _show_warning
+    signal.signal(signal.SIGINT, runtime.interrupt)
     sys.exit(run(arguments))
 
 

@@ -152,6 +152,18 @@ def empty_bytes(count: int) -> torch.Tensor:
     return aligned
 
 
+def interrupt(number: int, frame: object) -> None:
+    """A handler of SIGINT: as Python's own, but while torch is imported the process ends.
+
+    torch would catch what is raised then and go on with half of numpy.
+    """
+    torch_module = sys.modules.get("torch")
+    if torch_module is not None and getattr(torch_module.__spec__, "_initializing", False):
+        sys.stderr.write("interrupted\n")
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
 def return_freed_memory() -> None:
     """Give the system back what the allocator keeps after a model was loaded and packed; Linux with glibc."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):

@@ -32,6 +32,7 @@ from indexshare.engine.sampler import SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
 from indexshare.errors import CheckpointError, RequestError
+from indexshare.kernels import native
 from indexshare.kernels.cache_formats import PLAIN, CacheFormat, CacheFormats
 from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
@@ -81,15 +82,13 @@ def load(
     latent_cache, index_cache: "int8" holds cached latents or index keys in 8 bits; by default they have `dtype`.
     threads: CPU threads, default all that may be used.
     strict=False turns unknown config keys and tensors into warnings.
-    Warns of tensors that are not used and of a missing MTP layer (`LLM.load_report` has the names).
+    Warns of unused tensors and a missing MTP layer (`LLM.load_report` has the names), and where C++ cannot run it.
     Raises ConfigError, CheckpointError or MemoryLimitError, before or while reading; nothing stays half loaded.
     """
     caches = CacheFormats(latents=latent_cache, index_keys=index_cache)
     runtime.set_threads(threads)
-    torch_device = runtime.resolve_device(device)
-    torch_dtype = runtime.resolve_dtype(dtype)
-    directory = resolve_model(model)
-    check_text_files(directory)
+    torch_device, torch_dtype = runtime.resolve_device(device), runtime.resolve_dtype(dtype)
+    check_text_files(directory := resolve_model(model))
     generation = read_generation_config(directory)
     weights, report = load_checkpoint(
         directory,
@@ -101,7 +100,8 @@ def load(
         strict=strict,
     )
     if torch_device.type == "cpu":
-        pack_model(weights)
+        if (reason := pack_model(weights)) is not None and native.enable() is None:
+            warnings.warn(f"{directory}: runs in torch, without the C++ kernels: {reason}", stacklevel=2)
         runtime.return_freed_memory()
     for remark in report.remarks():
         warnings.warn(f"{directory}: {remark}", stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +111,13 @@ def quantize_model(
     _write_report(result, output)
     if reference is None:
         return result
-    quantised = load(output, device=device, threads=threads)
-    result = replace(result, quality=compare(reference, quantised, max_tokens=max_tokens, num_documents=num_documents))
+    try:
+        quantised = load(output, device=device, threads=threads)
+        quality = compare(reference, quantised, max_tokens=max_tokens, num_documents=num_documents)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{output} is complete; only the report on its quality is missing\n")
+        raise
+    result = replace(result, quality=quality)
     _write_report(result, output)
     return result
 

@@ -211,6 +211,9 @@ def _compile(compiler: str, isa: str, library: Path) -> None:
         raise KernelError(f"{compiler} took more than {BUILD_SECONDS} seconds") from None
     except OSError as error:
         raise KernelError(f"the kernels could not be built in {library.parent}: {error}") from None
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
     finally:
         partial.unlink(missing_ok=True)
         sys.stderr.write(f"{outcome}\n")

@@ -129,7 +129,7 @@ def _check_wide(members: list[Source]) -> None:
     for member in members:
         if member.format in ("int8", "int4"):
             raise ConfigError(
-                f"{member.name} is {member.format} already: load this checkpoint without quant, or quantise the "
+                f"{member.name} is {member.format} already: load this checkpoint as it is, or quantise the "
                 "checkpoint that it was made from"
             )
 

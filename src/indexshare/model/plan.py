@@ -178,7 +178,7 @@ def _notes(config: GlmConfig, context: int) -> tuple[str, ...]:
     if context <= config.index_topk:
         notes.append(f"every token is selected up to index_topk = {config.index_topk:,}: this is dense attention")
     notes.append("fp8: an FP8 checkpoint as it is; int8 and int4: with --quant, or from `indexshare quantize`")
-    notes.append("speeds are upper bounds from bytes and FLOP under the assumptions above, not measurements")
+    notes.append("speeds are estimates from bytes and FLOP under the assumptions above, not measurements")
     return tuple(notes)
 
 
