@@ -27,6 +27,12 @@ def test_a_small_model_fits() -> None:
     assert brain.fits_memory and brain.fits_disk
 
 
+def test_files_that_are_quantised_are_not_advised_to_be() -> None:
+    notes = "; ".join(make_plan(replace(nano(), quantization="compressed-tensors"), "nano", 4096, MACHINE).notes)
+    assert "these files are quantised" in notes
+    assert "indexshare quantize" not in notes
+
+
 def test_int8_caches_are_smaller() -> None:
     formats = CacheFormats(latents="int8", index_keys="int8")
     rows = make_plan(nano(), "nano", 131_072, MACHINE, caches=formats).formats

@@ -177,7 +177,12 @@ def _notes(config: GlmConfig, context: int) -> tuple[str, ...]:
         notes.append(f"an indexer in every layer would be {in_every_layer / work.total:.1f} times the work")
     if context <= config.index_topk:
         notes.append(f"every token is selected up to index_topk = {config.index_topk:,}: this is dense attention")
-    notes.append("fp8: an FP8 checkpoint as it is; int8 and int4: with --quant, or from `indexshare quantize`")
+    if config.quantization is None:
+        notes.append("fp8: an FP8 checkpoint as it is; int8 and int4: with --quant, or from `indexshare quantize`")
+    else:
+        notes.append(
+            "these files are quantised: they run as they are, --quant none widens them, the other rows need others"
+        )
     notes.append("speeds are estimates from bytes and FLOP under the assumptions above, not measurements")
     return tuple(notes)
 
