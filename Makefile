@@ -84,10 +84,10 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing torch (the large part; once)"
 	@$(PIP) torch
 	@echo "== installing indexshare"
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[server]"
 	@touch $@
 
 $(DEVELOPMENT): $(RUNTIME)
 	@echo "== installing the development tools and the reference implementation"
-	@$(PIP) --editable ".[dev,oracle]"
+	@$(PIP) --editable ".[server,dev,oracle]"
 	@touch $@

@@ -35,6 +35,7 @@ ERROR_NAMES = {
     "CheckpointError",
     "RequestError",
     "MemoryLimitError",
+    "OverloadedError",
     "TemplateError",
     "KernelError",
     "TrainingError",

@@ -5,6 +5,7 @@ IndexShareError
 ├── CheckpointError     weights that are missing, malformed or unsafe
 ├── RequestError        an argument of one request that cannot be served
 ├── MemoryLimitError    a request that does not fit; the message carries the number of bytes
+├── OverloadedError     a request that would fit, but not now; try again later
 ├── TemplateError       a chat template that fails or exceeds its limits
 ├── KernelError         an explicitly chosen operation that cannot take the call
 └── TrainingError       a training run that must stop (NaN, loss spike, unusable data)
@@ -29,6 +30,14 @@ class RequestError(IndexShareError):
 
 class MemoryLimitError(IndexShareError):
     """A request needs more memory than there is; raised before any work starts."""
+
+
+class OverloadedError(IndexShareError):
+    """The server has as much work as it may hold. `retry_after`: seconds after which to try again."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class TemplateError(IndexShareError):
