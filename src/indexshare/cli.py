@@ -19,6 +19,8 @@ from indexshare.options import (
     DEFAULT_CACHE,
     DEFAULT_LOAD,
     DEFAULT_SAMPLING,
+    DEFAULT_SERVE,
+    DEFAULT_TRAIN,
     AsJson,
     CacheOptions,
     CheckFailedError,
@@ -28,6 +30,8 @@ from indexshare.options import (
     ModelOrRecipe,
     QuantizeOptions,
     SamplingOptions,
+    ServeOptions,
+    TrainOptions,
 )
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -249,37 +253,22 @@ def train(
     recipe: Annotated[str, Parameter(help="A training recipe: tiny (a minute) or nano (the model in this package).")],
     /,
     *,
-    output: Path | None = None,
-    device: str = "auto",
-    resume: bool = True,
-    accept_recipe_change: Annotated[bool, Parameter(negative="")] = False,
-    max_minutes: float | None = None,
-    threads: int | None = None,
+    options: TrainOptions = DEFAULT_TRAIN,
 ) -> None:
-    """Train a model; a run that was stopped goes on where it was, with the same numbers.
+    """Train a model; a run that was stopped goes on where it was, with the same numbers."""
+    print(options.train(recipe))
 
-    Args:
-        output: Directory for data, checkpoints and log; by default runs/RECIPE.
-        device: Where to train: auto, cpu, cuda, ...
-        resume: Go on from the newest checkpoint; --no-resume refuses a directory that has one.
-        accept_recipe_change: Go on from a checkpoint of the same recipe with other numbers.
-        max_minutes: Stop after this many minutes of this call.
-        threads: CPU threads; by default all that this process may use.
-    """
-    from indexshare import runtime
-    from indexshare.train.recipes import recipe_named, run
 
-    runtime.set_threads(threads)
-    directory = output or Path("runs") / recipe
-    _, result = run(
-        recipe_named(recipe),
-        directory,
-        device=str(runtime.resolve_device(device)),
-        resume=resume,
-        accept_recipe_change=accept_recipe_change,
-        max_minutes=max_minutes,
-    )
-    print(f"stopped: {result.stopped}, step {result.step:,}, loss {result.lm_loss:.4f}, model in {directory / 'model'}")
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "    indexshare serve\n"
+    "    indexshare serve zai-org/GLM-5.2-FP8 --host 0.0.0.0 --api-key-file keys.txt"
+)
+def serve(
+    model: Model = "nano", /, *, options: ServeOptions = DEFAULT_SERVE, load: LoadOptions = DEFAULT_LOAD
+) -> None:
+    """Serve a model to OpenAI and Anthropic clients, with a page to talk to it at http://127.0.0.1:8000/."""
+    options.serve(model, load)
 
 
 @app.command(help_epilogue="Examples:\n\n    indexshare doctor nano\n    indexshare doctor nano --device cuda --json")

@@ -5,13 +5,15 @@ The docstring under a field is its text in `--help`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from indexshare.errors import IndexShareError
+from indexshare.errors import ConfigError, IndexShareError
 from indexshare.kernels.cache_formats import CacheFormats
 
 if TYPE_CHECKING:
@@ -163,6 +165,124 @@ class SamplingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to run a training recipe."""
+
+    output: Path | None = None
+    """Directory for data, checkpoints and log; by default runs/RECIPE."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, ..."""
+    resume: bool = True
+    """Go on from the newest checkpoint; --no-resume refuses a directory that has one."""
+    accept_recipe_change: Annotated[bool, Parameter(negative="")] = False
+    """Go on from a checkpoint of the same recipe with other numbers."""
+    max_minutes: float | None = None
+    """Stop after this many minutes of this call."""
+    threads: int | None = None
+    """CPU threads; by default all that this process may use."""
+
+    def train(self, recipe: str) -> str:
+        """Train, and say in a line how it ended. Raises as `train.recipes.run`."""
+        from indexshare import runtime
+        from indexshare.train.recipes import recipe_named, run
+
+        runtime.set_threads(self.threads)
+        directory = self.output or Path("runs") / recipe
+        _, result = run(
+            recipe_named(recipe),
+            directory,
+            device=str(runtime.resolve_device(self.device)),
+            resume=self.resume,
+            accept_recipe_change=self.accept_recipe_change,
+            max_minutes=self.max_minutes,
+        )
+        loss = f"loss {result.lm_loss:.4f}"
+        return f"stopped: {result.stopped}, step {result.step:,}, {loss}, model in {directory / 'model'}"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Who may reach the server, and how much it takes on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but loopback needs --api-key-file."""
+    port: int = 8000
+    """Port to listen on."""
+    api_key_file: Path | None = None
+    """API keys, one a line, as KEY or TENANT:KEY; a file that only its owner can read."""
+    allow_host: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """A host name by which clients reach this server; may be repeated."""
+    allow_origin: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """A web page that may use it, as https://example.org; may be repeated."""
+    name: str | None = None
+    """What clients call the model; by default the last part of MODEL."""
+    cache_tokens: int = 0
+    """Tokens that the cache holds, for running requests and prefixes; by default one full length or 4 GiB, but at most
+    half of the free memory."""
+    max_sequences: int = 64
+    """Requests that run at once; more wait."""
+    max_waiting: int = 256
+    """Requests that may wait; more are refused with 429."""
+    step_tokens: int = 512
+    """Prompt tokens that are read in one step."""
+    draft: int = 3
+    """Tokens that the MTP layer guesses ahead at most, fewer where that does not pay; 0 for none."""
+    share_prefixes: Annotated[bool, Parameter(negative="")] = False
+    """Let all API keys share cached prefixes; a client can then find out by timing what others have asked."""
+    drain_seconds: int = 30
+    """How long running replies may go on after SIGTERM."""
+    log_format: Literal["text", "json"] = "text"
+    """How the log on standard error is written."""
+
+    def serve(self, model: str, load: LoadOptions) -> None:
+        """Serve until a signal ends it. Raises ConfigError for unsafe settings, and as `engine.llm.load`."""
+        with requires("server"):
+            from indexshare.engine.engine import EngineOptions
+            from indexshare.engine.scheduler import Limits
+            from indexshare.server.app import ServerSettings
+            from indexshare.server.logs import configure_logging
+            from indexshare.server.security import load_api_keys
+            from indexshare.server.serve import serve_model
+
+        settings = ServerSettings(
+            host=self.host,
+            port=self.port,
+            api_keys=load_api_keys(self.api_key_file) if self.api_key_file is not None else {},
+            allowed_hosts=self.allow_host,
+            allowed_origins=self.allow_origin,
+            drain_seconds=self.drain_seconds,
+        )
+        limits = Limits(
+            max_sequences=self.max_sequences, max_waiting=self.max_waiting, max_step_tokens=self.step_tokens
+        )
+        options = EngineOptions(limits=limits, cache_tokens=self.cache_tokens, num_drafts=self.draft)
+        configure_logging(self.log_format)
+        name = self.name or model.rstrip("/").rpartition("/")[2]
+        serve_model(
+            lambda: load.load(model),
+            options,
+            settings,
+            model_names=tuple(dict.fromkeys((name, model))),
+            shares_prefixes=self.share_prefixes,
+        )
+
+
+@contextmanager
+def requires(extra: str) -> Iterator[None]:
+    """Imports of an extra's packages: a missing one becomes a ConfigError that names what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "indexshare":
+            raise
+        raise ConfigError(f"{error.name} is missing: run pip install 'indexshare[{extra}]'") from error
+
+
 DEFAULT_CACHE = CacheOptions()
 DEFAULT_LOAD = LoadOptions()
 DEFAULT_SAMPLING = SamplingOptions()
+DEFAULT_SERVE = ServeOptions()
+DEFAULT_TRAIN = TrainOptions()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from indexshare import runtime
+from indexshare.engine.pages import PagePool
 from indexshare.errors import MemoryLimitError
 from indexshare.kernels.cache_formats import LATENT_GROUP, PLAIN, CacheFormats
 from indexshare.kernels.pool import Pool, QuantizedPool
@@ -94,8 +95,7 @@ class PagedCache:
         with_mtp: bool = True,
         formats: CacheFormats = PLAIN,
     ) -> None:
-        assert num_pages > 0, "a cache has pages"
-        assert page_size > 0, "a page has rows"
+        self.pages = PagePool(num_pages, page_size)
         self.num_pages = num_pages
         self.page_size = page_size
         self.device = torch.device(device)
@@ -122,12 +122,10 @@ class PagedCache:
             index_keys=tuple(index_keys() if config.is_full(layer) else None for layer in layers),
         )
         self.num_bytes = num_rows * bytes_per_token(config, dtype, with_mtp=with_mtp, formats=formats)
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the lowest page is handed out first
-        self._live: set[int] = set()
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        return self.pages.num_free
 
     def view(self) -> CacheView:
         """The pools, as the model takes them."""
@@ -135,25 +133,33 @@ class PagedCache:
 
     def allocate(self, num_tokens: int) -> list[int]:
         """Pages for `num_tokens` tokens. Raises MemoryLimitError, and takes none, when too few are free."""
-        num_needed = num_pages_for(num_tokens, self.page_size)
-        if num_needed > len(self._free):
+        try:
+            return self.pages.allocate(num_pages_for(num_tokens, self.page_size))
+        except MemoryLimitError as error:
             raise MemoryLimitError(
-                f"{num_tokens:,} more tokens need {num_needed:,} cache pages, but {len(self._free):,} of "
-                f"{self.num_pages:,} are free: open the session with a larger max_tokens"
-            )
-        pages = [self._free.pop() for _ in range(num_needed)]
-        self._live.update(pages)
-        return pages
+                f"{num_tokens:,} more tokens do not fit: {error}: open the session with a larger max_tokens"
+            ) from None
 
     def free(self, pages: Sequence[int]) -> None:
         """Give pages back; each must be live (freeing one twice is a bug of the caller)."""
-        assert len(set(pages)) == len(pages), "a page was freed twice at once"
-        assert self._live.issuperset(pages), "a page was freed that is not live"
-        self._live.difference_update(pages)
-        self._free.extend(reversed(pages))
+        self.pages.release(pages)
+
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """The first rows of page `source`, in every pool, into page `target`."""
+        for rows in self._storage:
+            first, to = source * self.page_size, target * self.page_size
+            rows[to : to + num_rows] = rows[first : first + num_rows]
+
+    def read_page(self, page: int, num_rows: int) -> list[Tensor]:
+        """The first rows of a page in every pool, as bytes: uint8 [num_rows, row bytes], views."""
+        first = page * self.page_size
+        return [rows[first : first + num_rows].view(torch.uint8) for rows in self._storage]
+
+    @property
+    def _storage(self) -> list[Tensor]:
+        pools = [pool for pool in (*self._view.latents, *self._view.index_keys) if pool is not None]
+        return [pool.data if isinstance(pool, QuantizedPool) else pool for pool in pools]
 
     def check_conservation(self) -> None:
-        """Assert that every page is either free or live, and none is both."""
-        assert len(self._free) + len(self._live) == self.num_pages, "pages were lost"
-        assert set(self._free).isdisjoint(self._live), "a live page is on the free list"
-        assert set(self._free) | self._live == set(range(self.num_pages)), "an unknown page"
+        """As `PagePool.check_conservation`."""
+        self.pages.check_conservation()

@@ -9,13 +9,12 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
 from indexshare import runtime
-from indexshare.chat.parser import EventParser
-from indexshare.chat.template import ChatTemplate, Conversation, encode_chat
+from indexshare.chat.template import ChatTemplate, Conversation
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine.cache import (
     DEFAULT_PAGE_SIZE,
@@ -27,8 +26,9 @@ from indexshare.engine.cache import (
 )
 from indexshare.engine.generation_config import GenerationConfig, read_generation_config
 from indexshare.engine.output import ChatStream, Completion, Reply, Request, TextStream
+from indexshare.engine.reply import chat_prompt
 from indexshare.engine.resolve import resolve_model
-from indexshare.engine.sampler import SamplingParams, check_integer
+from indexshare.engine.sampler import SamplingOptions, SamplingParams, check_integer
 from indexshare.engine.session import DEFAULT_CHUNK_SIZE, Progress, Session
 from indexshare.engine.speculative import MAX_DRAFT_TOKENS, SpeculativeSession
 from indexshare.errors import CheckpointError, RequestError
@@ -41,22 +41,6 @@ from indexshare.model.native import pack_model
 from indexshare.model.weights import LoadReport, Quant, load_checkpoint
 
 CHAT_MAX_NEW_TOKENS = 1024
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of a request; their meaning, ranges and defaults are those of `SamplingParams`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    stop: Sequence[str]
-    seed: int
-    logprobs: int | None
 
 
 def load(
@@ -117,13 +101,6 @@ def load(
     )
 
 
-def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    known = SamplingOptions.__annotations__
-    if unknown := sorted(options.keys() - known.keys()):
-        raise RequestError(f"unknown argument {unknown[0]!r}; those of sampling are {', '.join(known)}")
-    return SamplingParams(**options)
-
-
 class LLM:
     """A loaded model with its tokenizer and chat template; without a tokenizer it can still score token ids.
 
@@ -151,7 +128,7 @@ class LLM:
         self._tokenizer = tokenizer
         self._template = template
         self._directory = directory
-        self._generation = generation or GenerationConfig()
+        self.generation = generation or GenerationConfig()
         self.load_report = load_report
         self.caches = caches
         weight = model.model.embed_tokens.weight  # never quantised
@@ -174,6 +151,23 @@ class LLM:
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer.json: it can score token ids, but not read or write text")
         return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template that came with the tokenizer. Raises RequestError when there is none."""
+        if self._template is None:
+            raise RequestError("this model has no chat template, since it has no tokenizer.json")
+        return self._template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return tuple(dict.fromkeys((*(self.config.eos_token_id or self.tokenizer.stop_ids), *self.generation.stop_ids)))
+
+    @property
+    def chat_stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply."""
+        return tuple(dict.fromkeys((*self.config.eos_token_id, *self.tokenizer.stop_ids, *self.generation.stop_ids)))
 
     def open_session(
         self,
@@ -276,7 +270,7 @@ class LLM:
         progress(tokens read, tokens to read) is called while the prompt is read.
         Raises RequestError (which names the argument) or MemoryLimitError before anything is computed.
         """
-        params = _sampling_params(sampling)
+        params = SamplingParams.of(sampling)
         if isinstance(text, str):
             token_ids = self.tokenizer.encode(text)
         else:
@@ -284,8 +278,7 @@ class LLM:
                 token_ids = list(text)
             except TypeError as error:
                 raise RequestError(f"the prompt must be a text or a list of token ids: {error}") from None
-        stop_ids = self.config.eos_token_id or self.tokenizer.stop_ids
-        pieces = TextStream(self._request(token_ids, params, session, progress, stop_ids, num_draft_tokens))
+        pieces = TextStream(self._request(token_ids, params, session, progress, self.stop_ids, num_draft_tokens))
         if stream:
             return pieces
         with pieces:
@@ -344,29 +337,22 @@ class LLM:
         else greedy; every stop token of config, generation_config and tokenizer ends the reply. stream=True returns an
         iterator of events (chat/types.py). session, progress and errors as in `generate`, and TemplateError.
         """
-        params = _sampling_params({"max_new_tokens": CHAT_MAX_NEW_TOKENS, **self._generation.sampling, **sampling})
+        params = SamplingParams.of({"max_new_tokens": CHAT_MAX_NEW_TOKENS, **self.generation.sampling, **sampling})
         if not isinstance(messages, Sequence):
             raise RequestError(f"messages must be a list, not {type(messages).__name__}")
         if not isinstance(reasoning_effort, str | None):
             raise RequestError(f"reasoning_effort must be a word such as 'high', not {reasoning_effort!r:.200}")
-        tokenizer = self.tokenizer
-        assert self._template is not None, "a tokenizer comes with a template"
-        token_ids = encode_chat(
-            tokenizer,
-            self._template,
+        prompt = chat_prompt(
+            self.tokenizer,
+            self.template,
             messages,
             tools=tools,
             reasoning_effort=reasoning_effort,
             enable_thinking=enable_thinking,
             clear_thinking=clear_thinking,
         )
-        parser = EventParser(
-            tools,
-            thinking=token_ids[-1:] == [tokenizer.control_ids.get("<think>")],
-            id_prefix=f"call_{len(messages)}_",  # unique in the conversation, and the same for the same request
-        )
-        stop_ids = (*self.config.eos_token_id, *tokenizer.stop_ids)
-        events = ChatStream(self._request(token_ids, params, session, progress, stop_ids), parser=parser)
+        request = self._request(prompt.token_ids, params, session, progress, self.chat_stop_ids)
+        events = ChatStream(request, parser=prompt.parser)
         if stream:
             return events
         with events:
@@ -393,7 +379,7 @@ class LLM:
             session=session or self.open_session(max_tokens, num_draft_tokens=num_draft_tokens),
             prompt_ids=token_ids,
             params=params,
-            stop_ids=tuple(dict.fromkeys((*stop_ids, *self._generation.stop_ids))),
+            stop_ids=stop_ids,
             tokenizer=self.tokenizer,
             keeps_session=keeps_session,
             progress=progress,

@@ -4,17 +4,18 @@ A stream is the only way tokens are made; the collected answer is a stream read 
 Closing a stream early (or leaving its `with` block) frees the request's cache pages.
 """
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from indexshare.chat.parser import EventParser
-from indexshare.chat.tokenizer import StreamDecoder, Tokenizer
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.chat.types import Done, Event, FinishReason, Start, Text, ToolCall, Usage, reply_message
+from indexshare.engine.reply import ReplyDecoder
 from indexshare.engine.sampler import SampledToken, SamplingParams
 from indexshare.engine.session import Progress, Session
-from indexshare.engine.stops import StopFilter
 
 Item = TypeVar("Item")
 
@@ -67,8 +68,11 @@ class _State:
     sampled: list[SampledToken] = field(default_factory=list)
     num_cached: int = 0
     reason: FinishReason = "cancelled"
-    text: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Text))
 
 
 class _Stream(Generic[Item]):
@@ -121,7 +125,7 @@ class TextStream(_Stream[str]):
     @property
     def completion(self) -> Completion:
         return Completion(
-            text="".join(self._state.text),
+            text=self._state.text,
             token_ids=self._token_ids,
             finish_reason=self._state.reason,
             usage=self.usage,
@@ -137,13 +141,14 @@ class ChatStream(_Stream[Event]):
 
     def __init__(self, request: Request, *, parser: EventParser) -> None:
         state = _State()
-        super().__init__(request, state, _events(request, state, parser))
+        decoder = ReplyDecoder(request.tokenizer, parser, request.params.stop)
+        super().__init__(request, state, _events(request, state, decoder))
 
     @property
     def reply(self) -> Reply:
         message = reply_message(self._state.events)
         return Reply(
-            content="".join(event.text for event in self._state.events if isinstance(event, Text)),
+            content=self._state.text,
             reasoning_content=message.reasoning_content,
             tool_calls=message.tool_calls,
             finish_reason=self._state.reason,
@@ -166,43 +171,11 @@ def _usage(request: Request, state: _State) -> Usage:
     )
 
 
-def _pieces(request: Request, state: _State) -> Iterator[str]:
-    """The text of each drawn token, without the stop token; sets the reason when it ends."""
-    decoder = StreamDecoder(request.tokenizer)
-    unread = request.session.rewind(request.prompt_ids)
-    state.num_cached = request.session.context_length
-    for token in request.session.stream(unread, request.params, stop_ids=request.stop_ids, progress=request.progress):
-        state.sampled.append(token)
-        if token.token_id in request.stop_ids:
-            state.reason = "stop"
-            break
-        yield decoder.push(token.token_id)
-    else:
-        state.reason = "length"
-    yield decoder.finish()
-
-
-def _text(request: Request, state: _State) -> Generator[str, None, None]:
-    stops = StopFilter(request.params.stop)
-    try:
-        for piece in _pieces(request, state):
-            if text := stops.push(piece):
-                state.text.append(text)
-                yield text
-            if stops.stopped:
-                state.reason = "stop"
-                return
-        if text := stops.finish():
-            state.text.append(text)
-            yield text
-    finally:
-        _release(request)
-
-
-def _events(request: Request, state: _State, parser: EventParser) -> Generator[Event, None, None]:
+def _events(request: Request, state: _State, decoder: ReplyDecoder) -> Generator[Event, None, None]:
+    """All events of a request, from Start to Done."""
     try:
         yield Start(len(request.prompt_ids))
-        for event in _answer(request, state, parser):
+        for event in _drawn(request, state, decoder):
             state.events.append(event)
             if isinstance(event, Done):
                 state.reason = event.reason  # the parser knows about tool calls
@@ -211,20 +184,24 @@ def _events(request: Request, state: _State, parser: EventParser) -> Generator[E
         _release(request)
 
 
-def _answer(request: Request, state: _State, parser: EventParser) -> Iterator[Event]:
-    """The parser's events, with text held back while it may become a stop text."""
-    stops = StopFilter(request.params.stop)
-    for event in _parsed(request, state, parser):
-        if text := stops.push(event.text) if isinstance(event, Text) else stops.finish():
-            yield Text(text)
-        if stops.stopped:
-            yield Done("stop", _usage(request, state))
-            return
-        if not isinstance(event, Text):
-            yield event
+def _drawn(request: Request, state: _State, decoder: ReplyDecoder) -> Iterator[Event]:
+    unread = request.session.rewind(request.prompt_ids)
+    state.num_cached = request.session.context_length
+    reason: FinishReason = "length"
+    for token in request.session.stream(unread, request.params, stop_ids=request.stop_ids, progress=request.progress):
+        state.sampled.append(token)
+        if token.token_id in request.stop_ids:
+            reason = "stop"
+            break
+        yield from decoder.push(token.token_id)
+        if decoder.stopped:
+            break
+    yield from decoder.finish(reason, _usage(request, state))
 
 
-def _parsed(request: Request, state: _State, parser: EventParser) -> Iterator[Event]:
-    for piece in _pieces(request, state):
-        yield from parser.feed(piece)
-    yield from parser.finish(state.reason, _usage(request, state))
+def _text(request: Request, state: _State) -> Generator[str, None, None]:
+    events = _events(request, state, ReplyDecoder(request.tokenizer, None, request.params.stop))
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                yield event.text

@@ -9,9 +9,11 @@ request's own CPU generator, so a seed means the same tokens on every device and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from indexshare.errors import CheckpointError, RequestError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
+NOT_FINITE = "the model's logits are not finite numbers: run `indexshare doctor` on it"
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -84,6 +87,30 @@ class SamplingParams:
                 raise RequestError(f"stop: each text must have 1 to {MAX_STOP_LENGTH} characters, not {text!r:.200}")
         object.__setattr__(self, "stop", tuple(stops))
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """From keyword arguments. Raises RequestError for an unknown one too."""
+        known = SamplingOptions.__annotations__
+        if unknown := sorted(options.keys() - known.keys()):
+            raise RequestError(f"unknown argument {unknown[0]!r}; those of sampling are {', '.join(known)}")
+        return cls(**options)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of a request; their meaning, ranges and defaults are those of `SamplingParams`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: Sequence[str]
+    seed: int
+    logprobs: int | None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
@@ -127,7 +154,7 @@ def draw(weights: Tensor, generator: torch.Generator) -> int:
 
 
 def _greedy(logits: Tensor) -> int:
-    return int((logits == logits.max()).nonzero()[0])  # argmax does not promise the lowest id
+    return int(logits.cpu().numpy().argmax())  # the lowest id of equals, which torch.argmax does not promise
 
 
 class Sampler:
@@ -148,18 +175,34 @@ class Sampler:
         """The request's own generator: everything random about the request comes from it."""
         return self._generator
 
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether the most probable token is drawn, whatever came before."""
+        return self._params.temperature == 0.0 and not self._has_penalties
+
     def next(self, logits: Tensor) -> SampledToken:
         """Draw one token from logits [vocab] fp32 on any device, and count it.
 
         Raises CheckpointError when the logits are not numbers.
         """
+        return self.record(self.draw(logits), logits)
+
+    def draw(self, logits: Tensor) -> int:
+        """Draw one token, as `next`, without counting it."""
         penalised = self._penalise(logits)
         if self._params.temperature == 0.0:
-            token_id = _greedy(penalised)
-        else:
-            token_ids, probabilities = candidate_distribution(penalised, self._params)
-            token_id = int(token_ids[draw(probabilities, self._generator)])
-        return self.record(token_id, logits)
+            return _greedy(penalised)
+        token_ids, probabilities = candidate_distribution(penalised, self._params)
+        return int(token_ids[draw(probabilities, self._generator)])
+
+    def greedy(self, logits: Tensor) -> list[int]:
+        """The most probable token of each row of logits [n, vocab], without counting it; when `is_plainly_greedy`."""
+        rows = logits.cpu().numpy()
+        chosen = rows.argmax(-1)  # a NaN is found before any number
+        best = rows[np.arange(len(rows)), chosen]
+        if not np.isfinite(best).all():
+            raise CheckpointError(NOT_FINITE)
+        return chosen.tolist()
 
     def probabilities(self, logits: Tensor, *, ahead: Sequence[int] = ()) -> Tensor:
         """What `next` would draw from after the tokens `ahead`, which are not counted: fp64 [vocab], summing to 1.
@@ -179,6 +222,10 @@ class Sampler:
         if self._counts is not None and self._seen is not None:
             self._counts[token_id] += 1
             self._seen[token_id] = True
+        return self.report(token_id, logits)
+
+    def report(self, token_id: int, logits: Tensor) -> SampledToken:
+        """A token after `logits`, with log-probabilities if the request asked for them."""
         num_logprobs = self._params.logprobs
         if num_logprobs is None:
             return SampledToken(token_id=token_id)
@@ -187,12 +234,19 @@ class Sampler:
         top = zip(token_ids[:num_logprobs].tolist(), ordered[:num_logprobs].tolist(), strict=True)
         return SampledToken(token_id=token_id, logprob=float(logprobs[token_id]), top_logprobs=tuple(top))
 
+    @property
+    def _has_penalties(self) -> bool:
+        params = self._params
+        return not (
+            params.repetition_penalty == 1.0 and params.presence_penalty == 0.0 and params.frequency_penalty == 0.0
+        )
+
     def _penalise(self, logits: Tensor, ahead: Sequence[int] = ()) -> Tensor:
         """logits with the penalties applied, `ahead` counted as drawn; the input itself when there are none."""
         if not math.isfinite(float(logits.max())):  # max() hands a NaN on
-            raise CheckpointError("the model's logits are not finite numbers: run `indexshare doctor` on it")
+            raise CheckpointError(NOT_FINITE)
         params = self._params
-        if params.repetition_penalty == 1.0 and params.presence_penalty == 0.0 and params.frequency_penalty == 0.0:
+        if not self._has_penalties:
             return logits
         if self._counts is None or self._seen is None:
             self._counts = torch.zeros_like(logits)

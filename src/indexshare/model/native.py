@@ -290,7 +290,9 @@ def _run(
     elif selected is not None and selected.rows is not None:
         rows = selected.rows[None].contiguous()
     else:
-        rows = torch.stack([layout.rows(0)] * num_tokens)[None].to(torch.int32)
+        assert num_tokens == layout.num_sequences, "one query for each sequence"
+        every = [layout.rows(sequence) for sequence in range(num_tokens)]
+        rows = torch.nn.utils.rnn.pad_sequence(every, batch_first=True, padding_value=-1)[None].to(torch.int32)
     hidden = torch.empty(num_tokens, config.hidden_size, dtype=packed.dtype)
     logits = torch.empty(num_logits, config.vocab_size)
     if registry.is_timing():

@@ -1,0 +1,303 @@
+"""The serving engine: many requests at once on one model. schedule -> run -> commit, step after step.
+
+    engine = Engine(llm, deliver=print)
+    engine.submit(Generation(prompt_ids=..., params=SamplingParams()))
+    while engine.step(): ...
+
+`start` does the stepping in a thread of its own, the only one that touches the model. The same request gives the same
+tokens whatever else is being served (`engine.session` is the simple loop that it must agree with).
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
+
+from indexshare import runtime
+from indexshare.engine.cache import DEFAULT_PAGE_SIZE, PagedCache, bytes_per_token, num_pages_for, required_bytes
+from indexshare.engine.draft_length import DraftLength
+from indexshare.engine.llm import LLM
+from indexshare.engine.runner import Result, Runner
+from indexshare.engine.scheduler import Limits, Plan, Scheduler
+from indexshare.engine.sequence import Ended, Generation, Output, Sequence
+from indexshare.errors import IndexShareError, MemoryLimitError, OverloadedError, RequestError
+
+logger = logging.getLogger(__name__)
+
+MIN_MIXED_TOKENS = 16
+DEFAULT_CACHE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """cache_tokens: tokens that the cache holds; 0: one full length or 4 GiB, but at most half of the free memory.
+
+    num_drafts: how many tokens the MTP layer guesses at most, 0 for none. adapts_drafts: fewer when more do not pay.
+    step_seconds: how long a step should take at most while somebody waits for the next token behind a prompt.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    cache_tokens: int = 0
+    num_drafts: int = 0
+    adapts_drafts: bool = True
+    step_seconds: float = 0.25
+    page_size: int = DEFAULT_PAGE_SIZE
+
+
+class Engine:
+    """deliver(outputs) is called after each step, in the thread that stepped; it must not block."""
+
+    def __init__(
+        self, llm: LLM, options: EngineOptions | None = None, *, deliver: Callable[[Items[Output]], None]
+    ) -> None:
+        options = options or EngineOptions()
+        config = llm.config
+        if options.num_drafts > 0 and config.num_nextn_predict_layers == 0:
+            raise RequestError("this model has no MTP layer to draft with: serve it without drafts (--draft 0)")
+        with_mtp = options.num_drafts > 0
+        num_tokens = options.cache_tokens or _affordable_tokens(llm, with_mtp)
+        self.options = options
+        self.num_pages = num_pages_for(num_tokens, options.page_size)
+        needed = required_bytes(
+            config, num_tokens, llm.dtype, page_size=options.page_size, with_mtp=with_mtp, formats=llm.caches
+        )
+        available = runtime.available_memory_bytes(str(llm.device)) - runtime.settings().workspace_bytes
+        if needed > available:
+            raise MemoryLimitError(
+                f"a cache of {num_tokens:,} tokens needs {needed:,} bytes, but {max(available, 0):,} are "
+                "available: use a smaller --cache-tokens"
+            )
+        cache = PagedCache(
+            config,
+            num_pages=self.num_pages,
+            page_size=options.page_size,
+            dtype=llm.dtype,
+            device=llm.device,
+            with_mtp=with_mtp,
+            formats=llm.caches,
+        )
+        self.cache = cache
+        self.pool = cache.pages
+        self._bytes_per_token = bytes_per_token(config, llm.dtype, with_mtp=with_mtp, formats=llm.caches)
+        self.context_length = min(self.num_pages * options.page_size, config.max_position_embeddings)
+        self._runner = Runner(llm.model, cache, with_mtp=with_mtp)
+        self._scheduler = Scheduler(self.pool, options.limits, copy_rows=cache.copy_rows)
+        self._draft_length = DraftLength(options.num_drafts, is_fixed=not options.adapts_drafts)
+        self._deliver = deliver
+        self._sequences: dict[Generation, Sequence] = {}
+        self._inbox: deque[tuple[Generation, bool]] = deque()  # (request, whether it is cancelled)
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self.failure: str | None = None
+        self._num_arrived = 0
+        self._rate = 0.0  # tokens per second, of steps that read prompts
+        self._totals: dict[str, float] = dict.fromkeys(
+            ("steps", "prompt_tokens", "cached_tokens", "drawn_tokens", "requests", "step_seconds"), 0.0
+        )
+        self._drafted = [0] * options.num_drafts
+        self._accepted = [0] * options.num_drafts
+
+    def submit(self, generation: Generation) -> None:
+        """Ask for a request to be served; its outputs are delivered. Any thread may call this.
+
+        Raises MemoryLimitError when it will never fit, OverloadedError when too many wait, RequestError for no tokens.
+        """
+        if not generation.prompt_ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        num_tokens = len(generation.prompt_ids) + generation.params.max_new_tokens
+        if num_tokens > self.context_length:
+            raise MemoryLimitError(
+                f"{len(generation.prompt_ids):,} prompt tokens and {generation.params.max_new_tokens:,} new ones need "
+                f"{num_tokens * self._bytes_per_token:,} bytes of cache; one request may have {self.context_length:,} "
+                "tokens here: send a shorter prompt or ask for fewer tokens"
+            )
+        with self._changed:
+            if self._closing or self.failure is not None:
+                raise OverloadedError("the server is shutting down", retry_after=30.0)
+            if self._scheduler.num_waiting + len(self._inbox) >= self.options.limits.max_waiting:
+                raise OverloadedError(
+                    f"{self.options.limits.max_waiting} requests are waiting already", retry_after=self._retry_after()
+                )
+            self._inbox.append((generation, False))
+            self._changed.notify()
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request before its next step; harmless when it has ended. Any thread may call this."""
+        with self._changed:
+            self._inbox.append((generation, True))
+            self._changed.notify()
+
+    def step(self) -> bool:
+        """Serve one step; False when there was nothing to do."""
+        outputs = self._take_inbox()
+        num_decoding = sum(sequence.num_unread == 1 for sequence in self._scheduler.running)
+        plan = self._scheduler.schedule(self._draft_length.choose(num_decoding))
+        if plan.work:
+            outputs += self._run(plan)
+        if outputs:
+            self._deliver(outputs)
+        if not self._sequences:
+            self.pool.check_conservation()
+            assert self.pool.num_live == 0, "pages are live although nothing runs"
+        return bool(plan.work or outputs)
+
+    def start(self) -> None:
+        """Step in a thread of its own until `close`."""
+        assert self._thread is None, "it has been started"
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, *, drain_seconds: float = 0.0) -> None:
+        """Accept nothing more, let what runs go on for so long, then end it; waits until the thread has ended."""
+        deadline = time.monotonic() + drain_seconds
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        while self._thread is not None and self._sequences and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for generation in list(self._sequences):
+            self.cancel(generation)
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.step():
+                pass
+
+    def stats(self) -> Mapping[str, Any]:
+        """Figures for a monitor: counts now and totals since the start; "drafted" and "accepted" are by position."""
+        return {
+            "waiting": self._scheduler.num_waiting,
+            "running": len(self._scheduler.running),
+            "pages": self.num_pages,
+            "free_pages": self.pool.num_free,
+            "live_pages": self.pool.num_live,
+            "cached_pages": self.pool.num_cached,
+            "evicted_pages": self.pool.num_evicted,
+            "preempted": self._scheduler.num_preempted,
+            "cache_bytes": self.cache.num_bytes,
+            "mixed_tokens": self._scheduler.mixed_tokens,
+            "drafted": tuple(self._drafted),
+            "accepted": tuple(self._accepted),
+            **self._totals,
+        }
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._inbox or self._sequences or self._closing):
+                        self._changed.wait()
+                    if self._closing and not self._inbox and not self._sequences:
+                        return
+                self.step()
+        except BaseException as error:
+            self.failure = f"the engine has stopped: {type(error).__name__}"
+            logger.exception("the engine has stopped")
+            self._deliver([_ended(generation, "error", self.failure) for generation in self._sequences])
+            self._sequences.clear()
+            raise
+
+    def _take_inbox(self) -> list[Output]:
+        outputs = []
+        while self._inbox:
+            generation, is_cancelled = self._inbox.popleft()
+            if not is_cancelled:
+                self._sequences[generation] = sequence = Sequence.of(generation, self._num_arrived)
+                self._num_arrived += 1
+                self._scheduler.add(sequence)
+            elif (found := self._sequences.get(generation)) is not None:
+                self._end(found)
+                outputs.append(_ended(generation, "cancelled"))
+        return outputs
+
+    def _run(self, plan: Plan) -> list[Output]:
+        begun = time.perf_counter()
+        try:
+            results = self._runner.run(plan)
+        except (IndexShareError, RuntimeError, MemoryError) as error:
+            # Nothing says which request it was: all of this step end, and the engine goes on.
+            logger.exception("a step failed")
+            results = [Result(work=item, error=_describe(error)) for item in plan.work]
+        outputs = [output for result in results if (output := self._commit(result)) is not None]
+        self._measure(plan, results, time.perf_counter() - begun)
+        return outputs
+
+    def _commit(self, result: Result) -> Output | None:
+        sequence, generation = result.work.sequence, result.work.sequence.generation
+        ended: Ended | None = None
+        if result.error is not None:
+            sequence.num_valid = min(sequence.num_valid, (len(sequence.keys) - 1) * self.options.page_size)
+            ended = "error"
+        elif result.tokens and result.tokens[-1].token_id in generation.stop_ids:
+            ended = "stop"
+        elif sequence.num_left == 0 or (generation.draws_nothing and sequence.num_unread == 0):
+            ended = "length"
+        if ended in ("stop", "length"):
+            self._runner.complete(sequence)
+        if ended is None:
+            self._scheduler.commit(sequence)
+        else:
+            self._end(sequence)
+        if not result.tokens and not result.prompt_tokens and ended is None:
+            return None
+        return Output(
+            generation=generation,
+            tokens=result.tokens,
+            ended=ended,
+            num_cached_tokens=sequence.num_cached,
+            prompt_tokens=result.prompt_tokens,
+            selections=result.selections,
+            error=result.error,
+        )
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.generation]
+        self._scheduler.finish(sequence)
+        self._totals["requests"] += 1
+        self._totals["cached_tokens"] += sequence.num_cached
+
+    def _measure(self, plan: Plan, results: Items[Result], seconds: float) -> None:
+        totals = self._totals
+        num_drawn = sum(len(result.tokens) for result in results)
+        totals["steps"] += 1
+        totals["step_seconds"] += seconds
+        totals["drawn_tokens"] += num_drawn
+        totals["prompt_tokens"] += sum(item.num_tokens for item in plan.work if item.num_tokens > 1)
+        for result in results:
+            for position in range(result.num_drafted):
+                self._drafted[position] += 1
+                self._accepted[position] += position < result.num_accepted
+        if plan.is_decode:
+            self._draft_length.observe(len(plan.work), max(item.num_drafts for item in plan.work), num_drawn, seconds)
+        else:
+            rate = plan.num_tokens / max(seconds, 1e-9)
+            self._rate = rate if self._rate == 0.0 else self._rate + 0.3 * (rate - self._rate)
+            tokens = int(self._rate * self.options.step_seconds)
+            self._scheduler.mixed_tokens = max(MIN_MIXED_TOKENS, min(tokens, self.options.limits.max_step_tokens))
+
+    def _retry_after(self) -> float:
+        """Seconds until about half of what waits should be done."""
+        waiting = sum(
+            len(sequence.token_ids) + sequence.generation.params.max_new_tokens for sequence in self._scheduler.waiting
+        )
+        return min(60.0, max(1.0, waiting / 2 / self._rate if self._rate else 1.0))
+
+
+def _affordable_tokens(llm: LLM, with_mtp: bool) -> int:
+    available = runtime.available_memory_bytes(str(llm.device)) - runtime.settings().workspace_bytes
+    size = bytes_per_token(llm.config, llm.dtype, with_mtp=with_mtp, formats=llm.caches)
+    wanted = max(DEFAULT_CACHE_BYTES // size, llm.config.max_position_embeddings)
+    return max(DEFAULT_PAGE_SIZE, min(available // 2 // size, wanted))
+
+
+def _ended(generation: Generation, how: Ended, error: str | None = None) -> Output:
+    return Output(generation=generation, ended=how, error=error)
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, IndexShareError) else "the step failed; the server's log says why"

@@ -1,0 +1,62 @@
+"""What a person does on the page, in words for the tests."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+STORY = "The keeper of the lighthouse was Ada Holm. Every night she wrote the storm log. "
+FILLER = "Supplies came by boat every second week. Flour, coffee and letters were carried up the stairs. "
+DOCUMENT = FILLER * 20 + STORY + FILLER * 20
+QUESTION = "Who kept the lighthouse?"
+
+
+def open_page(tab: "Page", url: str) -> None:
+    tab.goto(url)
+    tab.wait_for_selector("#send:enabled")
+
+
+def send(tab: "Page", text: str) -> None:
+    tab.fill("#draft", text)
+    tab.press("#draft", "Enter")
+
+
+def attach(tab: "Page", text: str, name: str = "story.txt") -> None:
+    count = tab.locator("#attachments li").count()
+    tab.set_input_files("#files", files=[{"name": name, "mimeType": "text/plain", "buffer": text.encode()}])
+    tab.wait_for_function(f"document.querySelectorAll('#attachments li').length === {count + 1}")
+
+
+def finished_reply(tab: "Page") -> "Locator":
+    tab.wait_for_selector(".reply:last-child[aria-busy=false]")
+    return tab.locator(".reply").last
+
+
+def ask(tab: "Page", text: str, document: str = "") -> "Locator":
+    if document:
+        attach(tab, document)
+    send(tab, text)
+    return finished_reply(tab)
+
+
+def lit_texts(tab: "Page", level: int | None = None) -> list[str]:
+    """What is lit in the prompt, in the order of the document; on all levels, or one."""
+    names = [f"level-{level}"] if level else [f"level-{k}" for k in range(1, 6)]
+    found = tab.evaluate(
+        """names => {
+            const pane = document.querySelector("#reading-text");
+            const chunks = [...pane.querySelectorAll("span")].map((span) => span.firstChild);
+            return names.flatMap((name) => [...CSS.highlights.get(name)])
+                .map((range) => [chunks.indexOf(range.startContainer), range.startOffset,
+                                 range.startContainer.data.slice(range.startOffset, range.endOffset)]);
+        }""",
+        names,
+    )
+    return [text for _, _, text in sorted(found)]
+
+
+def number_in(text: str | None) -> int:
+    match = re.search(r"[\d,]+", text or "")
+    assert match, text
+    return int(match[0].replace(",", ""))
