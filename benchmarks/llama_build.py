@@ -1,7 +1,8 @@
 """llama.cpp from the llama-cpp-python source package: found in the cache directory, or fetched and built there.
 
-As a program (`llama_build.py LLAMA_CPP MODEL_DIRECTORY FILE.gguf f32|bf16`) it runs llama.cpp's convert_hf_to_gguf.py,
-except that no tokenizer is written: a random checkpoint has none, and engines get token ids.
+As a program (`llama_build.py LLAMA_CPP MODEL_DIRECTORY FILE.gguf f32|bf16`) it runs llama.cpp's convert_hf_to_gguf.py.
+A random checkpoint has no tokenizer, and engines get token ids; its llama-server wants one all the same: what
+serving_model.py puts beside the weights.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 VERSION = "0.3.36"
@@ -20,6 +22,10 @@ TOOLS = ("scikit-build-core", "cmake", "ninja")  # the first one lets pip read t
 FLAGS = (
     *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF"),
     *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
+)
+SERVER_FLAGS = (
+    *("-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF"),  # its page would be fetched
+    "-DLLAMA_OPENSSL=OFF",
 )
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M"}
 """Our formats and llama.cpp's of the same width."""
@@ -44,11 +50,8 @@ def ensure_built() -> None:
     if (library_directory() / "llama-quantize").is_file():
         return
     cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
     _say(f"llama.cpp is not in {cache}: fetching and building it, once")
-    tools = cache / "tools"
-    venv.create(tools, with_pip=True)
-    _run(tools / "bin" / "pip", "install", "--quiet", *TOOLS)
+    tools = _ensure_tools()
     archive = cache / f"{PACKAGE}.tar.gz"
     if not archive.is_file():
         options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python")
@@ -58,12 +61,37 @@ def ensure_built() -> None:
     if not source_directory().is_dir():
         with tarfile.open(archive) as package:
             package.extractall(cache, filter="data")
-    build = library_directory().parent
+    _build(tools, FLAGS, "llama", "llama-quantize")
+
+
+def server_program() -> Path:
+    return library_directory() / "llama-server"
+
+
+def ensure_server_built() -> Path:
+    """llama.cpp's own HTTP server, built from the same source into the same directory; its path."""
+    if not server_program().is_file():
+        ensure_built()
+        _say("building llama-server, once")
+        _build(_ensure_tools(), (*FLAGS, *SERVER_FLAGS), "llama-server")
+    return server_program()
+
+
+def _ensure_tools() -> Path:
+    """The environment with cmake and ninja."""
+    tools = cache_directory() / "tools"
+    if not (tools / "bin" / "ninja").is_file():
+        tools.mkdir(parents=True, exist_ok=True)
+        venv.create(tools, with_pip=True)
+        _run(tools / "bin" / "pip", "install", "--quiet", *TOOLS)
+    return tools
+
+
+def _build(tools: Path, flags: Sequence[str], *targets: str) -> None:
+    build, source = library_directory().parent, source_directory() / "vendor" / "llama.cpp"
     environment = os.environ | {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    source = source_directory() / "vendor" / "llama.cpp"
-    _run(tools / "bin" / "cmake", "-S", source, "-B", build, *FLAGS, environment=environment)
-    targets = ("--target", "llama", "llama-quantize")
-    _run(tools / "bin" / "cmake", "--build", build, *targets, environment=environment)
+    _run(tools / "bin" / "cmake", "-S", source, "-B", build, *flags, environment=environment)
+    _run(tools / "bin" / "cmake", "--build", build, "--target", *targets, environment=environment)
 
 
 def ensure_gguf(checkpoint: Path, gguf_type: str) -> Path:
@@ -108,7 +136,11 @@ def _convert(source: str, checkpoint: str, target: str, output_type: str) -> Non
     import convert_hf_to_gguf
     from conversion.glm import GlmMoeDsaModel
 
-    GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
+    if (Path(checkpoint) / "tokenizer.json").is_file():
+        # Its table knows tokenizers by what they make of a text. Only ids are sent, so that any answer will do.
+        GlmMoeDsaModel.get_vocab_base_pre = lambda self, tokenizer: "glm4"
+    else:
+        GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
     sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", target, "--outtype", output_type]
     convert_hf_to_gguf.main()
 

@@ -271,6 +271,14 @@ def serve(
     options.serve(model, load)
 
 
+@app.command(help_epilogue="Example:\n\n    indexshare purge prefixes")
+def purge(directory: Path, /) -> None:
+    """Remove the cached prefixes that `serve --prefix-store DIRECTORY` has left, and nothing else."""
+    from indexshare.engine.prefix_store import purge as remove
+
+    print(f"{remove(directory):,} pages removed")
+
+
 @app.command(help_epilogue="Examples:\n\n    indexshare doctor nano\n    indexshare doctor nano --device cuda --json")
 def doctor(model: Model, /, *, device: str = "auto", dtype: Dtype = "bfloat16", as_json: AsJson = False) -> int:
     """Check the operations of a model on a device against 64-bit arithmetic on the CPU; exit code 1 when one fails.

@@ -232,6 +232,10 @@ class ServeOptions:
     """Tokens that the MTP layer guesses ahead at most, fewer where that does not pay; 0 for none."""
     share_prefixes: Annotated[bool, Parameter(negative="")] = False
     """Let all API keys share cached prefixes; a client can then find out by timing what others have asked."""
+    prefix_store: Path | None = None
+    """A directory for cached prefixes that outlive the server; they tell what was asked; indexshare purge removes them."""
+    prefix_store_gib: float = 10.0
+    """Size of that directory at most."""
     drain_seconds: int = 30
     """How long running replies may go on after SIGTERM."""
     log_format: Literal["text", "json"] = "text"
@@ -258,7 +262,13 @@ class ServeOptions:
         limits = Limits(
             max_sequences=self.max_sequences, max_waiting=self.max_waiting, max_step_tokens=self.step_tokens
         )
-        options = EngineOptions(limits=limits, cache_tokens=self.cache_tokens, num_drafts=self.draft)
+        options = EngineOptions(
+            limits=limits,
+            cache_tokens=self.cache_tokens,
+            num_drafts=self.draft,
+            prefix_store=self.prefix_store,
+            prefix_store_bytes=int(self.prefix_store_gib * 2**30),
+        )
         configure_logging(self.log_format)
         name = self.name or model.rstrip("/").rpartition("/")[2]
         serve_model(

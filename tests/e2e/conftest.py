@@ -1,4 +1,4 @@
-"""A browser and a server for the tests of the page: the fake one, or the one at $INDEXSHARE_E2E_URL.
+"""A browser and a server for the tests of the page: the fake one, or the one at $E2E_URL.
 
 `make test-e2e` runs them. They need the extra `e2e` and a Chromium at $CHROMIUM or /usr/bin/chromium.
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from e2e.fake_server import FakeState, running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra e2e is not installed")
@@ -40,7 +39,7 @@ def fake_url(state: FakeState) -> Iterator[str]:
 
 @pytest.fixture
 def base_url(request: pytest.FixtureRequest) -> str:
-    return os.environ.get("INDEXSHARE_E2E_URL") or request.getfixturevalue("fake_url")
+    return os.environ.get("E2E_URL") or request.getfixturevalue("fake_url")
 
 
 @pytest.fixture
@@ -48,10 +47,10 @@ def tab(browser: "sync_api.Browser") -> Iterator["sync_api.Page"]:
     """An English tab of its own. An error in a script or a breach of the content policy fails the test."""
     context = browser.new_context(locale="en-GB", viewport={"width": 1280, "height": 800})
     tab = context.new_page()
-    tab.set_default_timeout(float(os.environ.get("INDEXSHARE_E2E_TIMEOUT", "10")) * 1000)
+    tab.set_default_timeout(float(os.environ.get("E2E_TIMEOUT", "10")) * 1000)
     problems: list[str] = []
     tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("console", lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None)
+    tab.on("console", lambda message: "Content Security Policy" in message.text and problems.append(message.text))
     yield tab
     context.close()
     assert not problems

@@ -42,7 +42,11 @@ def ask(tab: "Page", text: str, document: str = "") -> "Locator":
 
 def lit_texts(tab: "Page", level: int | None = None) -> list[str]:
     """What is lit in the prompt, in the order of the document; on all levels, or one."""
-    names = [f"level-{level}"] if level else [f"level-{k}" for k in range(1, 6)]
+    return highlighted(tab, [f"level-{level}"] if level else [f"level-{k}" for k in range(1, 6)])
+
+
+def highlighted(tab: "Page", names: list[str]) -> list[str]:
+    """The texts under some of the panel's highlights, in the order of the document."""
     found = tab.evaluate(
         """names => {
             const pane = document.querySelector("#reading-text");

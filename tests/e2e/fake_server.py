@@ -33,7 +33,11 @@ ENGLISH = (
     "```\n22 November: wind from the north-west\n```\n\nThe lamp was never out.",
 )
 CHINESE = ("问题问的是灯塔。我查找提到守塔人的地方。", "灯塔的守塔人是林远。她每晚都写风暴日志，灯从未熄灭。")
-HOSTILE = ("", "<img src=x onerror=\"document.title='broken'\"> `` a `code` <b>bold</b>\n````html\n<script>document.title='broken'</script>\n```")
+HOSTILE = (
+    "",
+    "<img src=x onerror=\"document.title='broken'\"> `` a `code` <b>bold</b>\n"
+    "````html\n<script>document.title='broken'</script>\n```",
+)
 
 
 @dataclass
@@ -132,7 +136,7 @@ def routes(state: FakeState) -> list[Route]:
         return JSONResponse({"reason": state.loading}, 503) if state.loading else JSONResponse({"ready": True})
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": "fake-glm", "object": "model", "max_model_len": 131072}]})
+        return JSONResponse({"data": [{"id": "fake-glm", "object": "model", "max_model_len": 131072}]})
 
     async def chat(request: Request) -> Response:
         if refused(request):
@@ -167,7 +171,8 @@ async def stream(body: dict[str, Any], last: str, state: FakeState) -> AsyncIter
     pieces += [("", "</think>")] + [("content", token) for token in tokens_of(answer)] * (20 if "slow" in last else 1)
     try:
         await asyncio.sleep(state.prefill)
-        yield event({"role": "assistant", "content": ""}, **({"indexshare": {"selected": selection.prompt()}} if selection else {}))
+        more = {"indexshare": {"selected": selection.prompt()}} if selection else {}
+        yield event({"role": "assistant", "content": ""}, **more)
         for number, (kind, token) in enumerate(pieces[: body.get("max_tokens")]):
             if "fail in the middle" in last and number == 25:
                 yield f"data: {json.dumps({'error': {'message': 'a worker has ended'}})}\n\n"

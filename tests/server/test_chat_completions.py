@@ -1,107 +1,23 @@
 """The chat endpoint, driven by OpenAI's own client in process; the model is a script."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import httpx2
 import openai
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
+from server.dialects import StuckService, leave_when_stuck
+from server.openai_client import CHAT, HELLO, USER, WEATHER, chat, played, post, routes, with_client
 from server.scripted import ScriptedReply, ScriptedService
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Message as AsgiMessage
 
 from indexshare.chat.types import Done, Error, Event, Reasoning, Start, Text, ToolCallEvent, Usage, Warning
-from indexshare.engine.sampler import SampledToken, SamplingParams
-from indexshare.errors import IndexShareError, MemoryLimitError, OverloadedError, RequestError
-from indexshare.server import chat_completions
-from indexshare.server.http import ApiError, as_api_error, error_response
-from indexshare.server.types import ChatRequest, OutputFormat, Piece, ToolChoice
-
-HELLO = (Piece(events=(Start(7),)), Piece(events=(Text("Hello"),)), Piece(events=(Done("stop"),)))
-USER = [{"role": "user", "content": "hi"}]
-WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object"}, "strict": True},
-}
-
-
-def played(*pieces: Piece) -> ScriptedService:
-    return ScriptedService(lambda request: pieces)
-
-
-def application(service: ScriptedService) -> Starlette:
-    async def handle(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError | IndexShareError)
-        failure = error if isinstance(error, ApiError) else as_api_error(error)
-        return error_response(request.scope["path"], failure, "r")
-
-    return Starlette(
-        routes=chat_completions.routes(service), exception_handlers={ApiError: handle, IndexShareError: handle}
-    )
-
-
-@asynccontextmanager
-async def client_of(service: ScriptedService) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx2.ASGITransport(app=application(service))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-        yield openai.AsyncOpenAI(base_url="http://127.0.0.1/v1", http_client=http, api_key="x", max_retries=0)
-
-
-def with_client(service: ScriptedService, action: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        async with client_of(service) as client:
-            return await action(client)
-
-    return asyncio.run(run())
-
-
-def create(service: ScriptedService, **fields: Any) -> Any:
-    """The client's answer; a list of chunks when it is streamed."""
-    fields = {"model": "scripted", "messages": USER} | fields
-
-    async def action(client: openai.AsyncOpenAI) -> Any:
-        answer = await client.chat.completions.create(**fields)
-        return [chunk async for chunk in answer] if fields.get("stream") else answer
-
-    return with_client(service, action)
-
-
-def post(service: ScriptedService, body: str | bytes | dict[str, Any]) -> httpx2.Response:
-    content = json.dumps(body) if isinstance(body, dict) else body
-
-    async def action(client: openai.AsyncOpenAI) -> httpx2.Response:
-        http = client._client
-        return await http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
-
-    return with_client(service, action)
-
-
-def refused(**fields: Any) -> dict[str, Any]:
-    service = played(*HELLO)
-    response = post(service, {"model": "scripted", "messages": USER} | fields)
-    assert response.status_code == 400 and not service.seen
-    return response.json()["error"]
-
-
-def asked(**fields: Any) -> ChatRequest:
-    """The neutral request that the service sees."""
-    service = played(*HELLO)
-    assert post(service, {"model": "scripted", "messages": USER} | fields).status_code == 200
-    (request,) = service.seen
-    assert isinstance(request, ChatRequest)
-    return request
-
-
-# Answers
+from indexshare.engine.sampler import SampledToken
+from indexshare.errors import MemoryLimitError, OverloadedError, RequestError
+from indexshare.server.types import ChatRequest, Piece
 
 
 def test_a_whole_answer() -> None:
@@ -113,7 +29,7 @@ def test_a_whole_answer() -> None:
         Piece(events=(Text("llo"),), tokens=(SampledToken(token_id=5),)),
         Piece(events=(Done("stop", Usage(num_prompt_tokens=7, num_completion_tokens=6)),)),
     )
-    answer = create(service)
+    answer = chat(service)
     assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion" and answer.model == "scripted"
     assert answer.system_fingerprint.startswith("indexshare-")
     (choice,) = answer.choices
@@ -132,7 +48,7 @@ def test_a_streamed_answer() -> None:
         Piece(events=(Reasoning("Hm"), Text("Hello")), tokens=(SampledToken(token_id=1),)),
         Piece(events=(Done("length"),)),
     )
-    chunks = create(service, stream=True, stream_options={"include_usage": True})
+    chunks = chat(service, stream=True, stream_options={"include_usage": True})
     assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     *parts, last = chunks
     deltas = [chunk.choices[0].delta for chunk in parts]
@@ -146,7 +62,7 @@ def test_a_streamed_answer() -> None:
 
 
 def test_a_stream_ends_with_done_and_has_usage_only_when_asked() -> None:
-    text = post(played(*HELLO), {"messages": USER, "stream": True}).text
+    text = post(played(*HELLO), CHAT, {"messages": USER, "stream": True}).text
     assert text.endswith("data: [DONE]\n\n") and "usage" not in text
 
 
@@ -184,7 +100,7 @@ def test_tool_calls_over_several_turns() -> None:
 
 def test_streamed_tool_calls_have_an_index_and_come_complete() -> None:
     events = (ToolCallEvent("a", "weather", {"city": "Oslo"}), ToolCallEvent("b", "weather", {}))
-    chunks = create(played(Piece(events=(Start(7), *events, Done("tool_calls")))), stream=True, tools=[WEATHER])
+    chunks = chat(played(Piece(events=(Start(7), *events, Done("tool_calls")))), stream=True, tools=[WEATHER])
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [(call.index, call.id, call.function.name) for call in calls] == [(0, "a", "weather"), (1, "b", "weather")]
     assert calls[0].function.arguments == '{"city": "Oslo"}'
@@ -225,26 +141,24 @@ def test_logprobs_of_every_token_also_where_a_character_is_incomplete() -> None:
         ),
         Piece(events=(Done("stop"),)),
     )
-    content = create(service, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    content = chat(service, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert service.seen[0].sampling["logprobs"] == 2
     assert [(token.token, token.bytes) for token in content] == [("\\xe2", [0xE2]), ("\\x82", [0x82]), ("A", [65])]
     assert [token.logprob for token in content] == [-0.5, -9999.0, -1.0]
     assert [[top.token for top in token.top_logprobs] for token in content] == [["A"], [], ["A", "B"]]
-    chunks = create(service, logprobs=True, top_logprobs=2, stream=True)
+    chunks = chat(service, logprobs=True, top_logprobs=2, stream=True)
     assert [len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs] == [1, 2]
 
 
 def test_choices_have_seeds_and_tool_call_ids_of_their_own() -> None:
     service = played(Piece(events=(Start(7), ToolCallEvent("call_0", "weather", {}))), Piece(events=(Done("stop"),)))
-    answer = create(service, n=3, seed=2**63 - 2, tools=[WEATHER])
+    answer = chat(service, n=3, seed=2**63 - 2, tools=[WEATHER])
     assert [request.sampling["seed"] for request in service.seen] == [2**63 - 2, 2**63 - 1, 0]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.message.tool_calls[0].id for choice in answer.choices}) == 3
     assert answer.usage.prompt_tokens == 7 and answer.usage.prompt_tokens_details.cached_tokens == 3
-    create(service, n=2)
-    assert len({request.sampling["seed"] for request in service.seen[3:]}) == 2
-    create(service)
-    assert "seed" not in service.seen[-1].sampling
+    chat(service, n=2)
+    assert all("seed" not in request.sampling for request in service.seen[3:])  # the service draws them
 
 
 def test_choices_come_interleaved() -> None:
@@ -267,7 +181,7 @@ def test_choices_come_interleaved() -> None:
     service = played()
     replies = iter((Slow(()), Quick(())))
     service._reply = lambda request, tenant: next(replies)  # type: ignore[method-assign]
-    chunks = create(service, n=2, stream=True)
+    chunks = chat(service, n=2, stream=True)
     order = [chunk.choices[0].index for chunk in chunks]
     assert order == [0, 1, 1, 1, 0, 0]
 
@@ -278,9 +192,9 @@ def test_selection_comes_once_for_each_piece() -> None:
         Piece(events=(), selection=[3]),
         Piece(events=(Done("stop"),)),
     )
-    whole = create(service, extra_body={"indexshare": {"selected": True}})
+    whole = chat(service, extra_body={"indexshare": {"selected": True}})
     assert service.seen[0].wants_selection and whole.indexshare == {"selected": [[1, 2], [3]]}
-    chunks = create(service, stream=True, extra_body={"indexshare": {"selected": True}})
+    chunks = chat(service, stream=True, extra_body={"indexshare": {"selected": True}})
     selected = [(chunk.choices[0].delta.content, getattr(chunk, "indexshare", None)) for chunk in chunks]
     assert selected == [
         ("", None),
@@ -290,7 +204,7 @@ def test_selection_comes_once_for_each_piece() -> None:
         (None, None),
     ]
     assert "n = 1" in refused(n=2, indexshare={"selected": True})["message"]
-    assert not hasattr(create(played(*HELLO)), "indexshare")
+    assert not hasattr(chat(played(*HELLO)), "indexshare")
 
 
 # Streaming equals not streaming
@@ -353,253 +267,6 @@ def test_streaming_equals_not_streaming(script: list[list[Piece]], ending: Done,
     with_client(ScriptedService(lambda request: scripts[next(numbers) % len(scripts)]), action)
 
 
-# The request
-
-
-def test_sampling_fields_are_passed_on_and_only_those_given() -> None:
-    assert asked().sampling == {}
-    given = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "min_p": 0.1,
-        "repetition_penalty": 1.1,
-        "presence_penalty": -1,
-        "frequency_penalty": 2.0,
-        "seed": 3,
-        "stop": ["a", "b"],
-    }
-    assert asked(**given, top_k=-1, max_tokens=5).sampling == given | {"top_k": 0, "max_new_tokens": 5}
-    assert asked(max_completion_tokens=6, max_tokens=6, stop="x").sampling == {"max_new_tokens": 6, "stop": "x"}
-    assert asked(logprobs=True).sampling == {"logprobs": 0}
-    assert refused(max_completion_tokens=6, max_tokens=5)["param"] == "max_completion_tokens"
-
-
-NUMBERS = {
-    # field: (a value that works, the sampling argument that it becomes)
-    "temperature": (0.5, "temperature"),
-    "top_p": (0.5, "top_p"),
-    "top_k": (5, "top_k"),
-    "min_p": (0.5, "min_p"),
-    "repetition_penalty": (1.5, "repetition_penalty"),
-    "presence_penalty": (0.5, "presence_penalty"),
-    "frequency_penalty": (0.5, "frequency_penalty"),
-    "seed": (5, "seed"),
-    "max_tokens": (5, "max_new_tokens"),
-    "max_completion_tokens": (5, "max_new_tokens"),
-    "top_logprobs": (5, "logprobs"),
-    "n": (2, None),
-    "thinking.budget_tokens": (5, None),
-}
-IMPOSSIBLE = ["NaN", "Infinity", "1e400", "9223372036854775808", "true", '"1"', "[]"]
-ODD = ["-1", "0", "1.5", "2147483648"]
-
-
-@pytest.mark.parametrize("field", NUMBERS)
-def test_odd_numbers_are_refused_or_understood_by_the_sampler(field: str) -> None:
-    works, argument = NUMBERS[field]
-    for value in [str(works), "null", *ODD, *IMPOSSIBLE]:
-        outer, _, inner = field.partition(".")
-        number = f'{{"type": "enabled", "{inner}": {value}}}' if inner else value
-        service = played(*HELLO)
-        response = post(
-            service, f'{{"messages": [{{"role": "user", "content": "hi"}}], "logprobs": true, "{outer}": {number}}}'
-        )
-        if value not in ODD:
-            assert response.status_code == (400 if value in IMPOSSIBLE else 200), value
-        if response.status_code == 200:
-            request = service.seen[0]
-            SamplingParams(**request.sampling)  # what we let through, the sampler takes
-            assert argument is None or value != str(works) or request.sampling[argument] == works
-        else:
-            assert response.status_code == 400, value
-            if value not in ("NaN", "Infinity"):  # which are not JSON: no field is known yet
-                assert outer in response.json()["error"]["param"], value
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"frobnicate": 1}, "frobnicate"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"chat_template": "x"}, "chat_template"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "tokenize"),
-        ({"stream_options": {"x": 1}}, "x"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"functions": [{"name": "f"}]}, "use tools"),
-        ({"function_call": "auto"}, "use tool_choice"),
-        ({"store": True}, "nothing is stored"),
-        ({"modalities": ["audio"]}, "text"),
-        ({"verbosity": "low"}, "medium"),
-        ({"top_logprobs": 3}, "logprobs: true"),
-        ({"top_logprobs": 21, "logprobs": True}, "20"),
-        ({"n": 17}, "16"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}] * 4097}, "4096"),
-        ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0]"),
-        ({"messages": [*USER, {"role": "user"}]}, "messages[1]"),
-        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "mood"),
-        ({"tools": [WEATHER] * 513}, "512"),
-        ({"tools": [{"type": "retrieval"}]}, "function"),
-        ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
-        ({"tool_choice": "any", "tools": [WEATHER]}, "required"),
-        ({"tool_choice": "required"}, "tools"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [WEATHER]}, "'f'"),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}, "tools": [WEATHER]}, "tool_choice"),
-        ({"response_format": {"type": "xml"}}, "json_schema"),
-        ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
-        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "not both"),
-        ({"structured_outputs": {}}, "exactly one"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
-        ({"thinking": {"type": "maybe"}}, "enabled"),
-        ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "enable_thinking"),
-        ({"stop": [""]}, "stop"),
-        ({"stop": ["x"] * 17}, "16"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
-    assert words in refused(**fields)["message"]
-
-
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "image", "file"])
-def test_media_are_refused_and_nothing_is_fetched(kind: str) -> None:
-    part = {"type": kind, kind: {"url": "http://169.254.169.254/latest"}}
-    error = refused(messages=[{"role": "user", "content": [{"type": "text", "text": "look"}, part]}])
-    assert "never fetched" in error["message"] and error["param"] == "messages[0].content"
-
-
-def test_fields_that_change_nothing_are_accepted_and_null_is_absent() -> None:
-    ignored = {
-        "user": "u",
-        "metadata": {"a": "b"},
-        "service_tier": "auto",
-        "store": False,
-        "safety_identifier": "s",
-        "prompt_cache_key": "k",
-        "prompt_cache_retention": "24h",
-        "prediction": {"type": "content", "content": "x"},
-        "verbosity": "medium",
-        "modalities": ["text"],
-        "logit_bias": {},
-    }
-    nulls = dict.fromkeys(
-        (
-            "temperature",
-            "stop",
-            "tools",
-            "tool_choice",
-            "response_format",
-            "max_tokens",
-            "stream",
-            "stream_options",
-            "n",
-        )
-    )
-    assert asked(**ignored, **nulls) == asked()
-
-
-def test_messages_are_normalised() -> None:
-    sent = [
-        {"role": "developer", "content": "be brief"},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "a", "cache_control": {}}, {"type": "text", "text": "b"}],
-        },
-        {"role": "assistant", "content": None, "refusal": None, "reasoning": "because", "tool_calls": []},
-        {"role": "user", "content": "go on", "name": "Ann"},
-    ]
-    assert asked(messages=sent).messages == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "", "reasoning_content": "because"},
-        {"role": "user", "content": "go on", "name": "Ann"},
-    ]
-
-
-def test_tools_are_passed_on_without_nulls_and_in_one_order() -> None:
-    tool = {"function": {"parameters": {"b": 1, "a": 2}, "description": None, "name": "f"}, "type": "function"}
-    (seen,) = asked(tools=[tool]).tools
-    assert json.dumps(seen) == '{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": 2}}}'
-
-
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        (None, ToolChoice()),
-        ("auto", ToolChoice()),
-        ("none", ToolChoice(mode="none")),
-        ("required", ToolChoice(mode="required")),
-        ({"type": "function", "function": {"name": "weather"}}, ToolChoice(mode="required", name="weather")),
-    ],
-)
-def test_tool_choice(choice: object, expected: ToolChoice) -> None:
-    assert asked(tools=[WEATHER], tool_choice=choice).tool_choice == expected
-    assert not asked(tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False).tool_choice.parallel
-
-
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, OutputFormat(kind="json_object")),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
-                }
-            },
-            OutputFormat(kind="json_schema", definition=SCHEMA),
-        ),
-        ({"structured_outputs": {"json": SCHEMA}}, OutputFormat(kind="json_schema", definition=SCHEMA)),
-        ({"structured_outputs": {"json_object": True}}, OutputFormat(kind="json_object")),
-        ({"structured_outputs": {"regex": "a+"}}, OutputFormat(kind="regex", definition="a+")),
-        ({"structured_outputs": {"grammar": 'start: "a"'}}, OutputFormat(kind="grammar", definition='start: "a"')),
-        ({"structured_outputs": {"choice": ["a.b", "c"]}}, OutputFormat(kind="regex", definition=r"(?:a\.b|c)")),
-    ],
-)
-def test_output_formats(fields: dict[str, Any], expected: OutputFormat | None) -> None:
-    assert asked(**fields).output_format == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, (None, None, None, None)),
-        ({"reasoning_effort": "max"}, ("max", None, None, None)),
-        ({"enable_thinking": False, "clear_thinking": False}, (None, False, None, False)),
-        ({"thinking": {"type": "enabled", "budget_tokens": 9, "clear_thinking": False}}, (None, True, 9, False)),
-        ({"thinking": {"type": "disabled", "budget_tokens": 9}}, (None, False, None, None)),
-        (
-            {"chat_template_kwargs": {"enable_thinking": True, "clear_thinking": True, "reasoning_effort": "high"}},
-            ("high", True, None, True),
-        ),
-    ],
-)
-def test_thinking(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    request = asked(**fields)
-    thinking = (request.reasoning_effort, request.enable_thinking, request.thinking_budget, request.clear_thinking)
-    assert thinking == expected
-
-
-def test_the_tenant_is_passed_on() -> None:
-    service = played(*HELLO)
-    app = application(service)
-
-    async def with_key(scope: Any, receive: Any, send: Any) -> None:
-        scope.setdefault("state", {})["tenant"] = "key-1"
-        await app(scope, receive, send)
-
-    async def run() -> None:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=with_key), base_url="http://x") as http:
-            await http.post("/v1/chat/completions", json={"messages": USER})
-
-    asyncio.run(run())
-    assert service.tenants == ["key-1"]
-
-
 # Errors
 
 
@@ -612,15 +279,15 @@ def raising(error: Exception) -> ScriptedService:
 
 def test_errors_reach_the_client_as_its_exceptions() -> None:
     with pytest.raises(openai.NotFoundError, match="use one of scripted") as missing:
-        create(played(*HELLO), model="gpt-6")
+        chat(played(*HELLO), model="gpt-6")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="too hot"):
-        create(raising(RequestError("too hot")))
+        chat(raising(RequestError("too hot")))
     with pytest.raises(openai.BadRequestError) as too_long:
-        create(raising(MemoryLimitError("too long")))
+        chat(raising(MemoryLimitError("too long")))
     assert too_long.value.code == "context_length_exceeded"
     with pytest.raises(openai.RateLimitError) as busy:
-        create(raising(OverloadedError("busy", retry_after=4.2)), stream=True)
+        chat(raising(OverloadedError("busy", retry_after=4.2)), stream=True)
     assert busy.value.response.headers["retry-after"] == "4"
 
 
@@ -631,7 +298,7 @@ def test_errors_reach_the_client_as_its_exceptions() -> None:
 def test_a_failure_in_the_middle(ending: tuple[Event, ...], words: str) -> None:
     script = (Piece(events=(Start(7),)), Piece(events=(Text("Hel"),)), Piece(events=(Text("lo"), *ending)))
     with pytest.raises(openai.InternalServerError, match=words):
-        create(played(*script))
+        chat(played(*script))
     received = []
 
     async def action(client: openai.AsyncOpenAI) -> None:
@@ -643,6 +310,39 @@ def test_a_failure_in_the_middle(ending: tuple[Event, ...], words: str) -> None:
     assert received == ["", "Hel", "lo"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_failure_closes_what_was_not_read(stream: bool) -> None:
+    """Also where the iterator is still held elsewhere, so that nothing else would close it."""
+    held = []
+
+    class Held(ScriptedReply):
+        def pieces(self) -> AsyncIterator[Piece]:
+            held.append(super().pieces())
+            return held[0]
+
+    service = played()
+    reply = Held((Piece(events=(Start(7),)), Piece(events=(Error("broken"),)), *HELLO))
+    service._reply = lambda request, tenant: reply  # type: ignore[method-assign]
+
+    async def action(client: openai.AsyncOpenAI) -> None:
+        await client._client.post("/v1/chat/completions", json={"messages": USER, "stream": stream})
+        assert reply.closed
+
+    with_client(service, action)
+
+
+def test_an_exception_in_the_middle_of_a_stream_is_an_error_event() -> None:
+    class Failing(ScriptedReply):
+        async def pieces(self) -> AsyncIterator[Piece]:
+            yield HELLO[0]
+            raise MemoryLimitError("no room for 3 GB")
+
+    service = played()
+    service._reply = lambda request, tenant: Failing(())  # type: ignore[method-assign]
+    with pytest.raises(openai.APIError, match="no room for 3 GB"):
+        chat(service, stream=True)
+
+
 def test_when_a_choice_is_not_accepted_the_others_are_cancelled() -> None:
     def script(request: object) -> Sequence[Piece]:
         if len(service.seen) == 3:
@@ -650,54 +350,14 @@ def test_when_a_choice_is_not_accepted_the_others_are_cancelled() -> None:
         return HELLO
 
     service = ScriptedService(script)
-    assert post(service, {"messages": USER, "n": 3}).status_code == 429
+    assert post(service, CHAT, {"messages": USER, "n": 3}).status_code == 429
     assert [reply.closed for reply in service.replies] == [True, True]
-
-
-class SilentReply(ScriptedReply):
-    """One piece, then nothing until it is closed."""
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        try:
-            yield HELLO[0]
-            await asyncio.Event().wait()
-        finally:
-            self.closed = True
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_ends_every_reply(stream: bool) -> None:
-    service = played()
-    replies = [SilentReply(()), SilentReply(())]
-    waiting = iter(replies)
-    service._reply = lambda request, tenant: next(waiting)  # type: ignore[method-assign]
-    body = json.dumps({"messages": USER, "n": 2, "stream": stream}).encode()
-    sent: list[AsgiMessage] = []
-
-    async def run() -> None:
-        is_gone = asyncio.Event()
-        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> AsgiMessage:
-            if (message := next(requests, None)) is not None:
-                return message
-            if stream:
-                await is_gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: AsgiMessage) -> None:
-            sent.append(message)
-            if b"assistant" in message.get("body", b""):
-                is_gone.set()
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/chat/completions",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        await application(service)(scope, receive, send)
-
-    asyncio.run(run())
-    assert all(reply.closed for reply in replies)
-    assert any(b"assistant" in message.get("body", b"") for message in sent) == stream
+    service = StuckService(lambda request: HELLO[:2])
+    body = {"messages": USER, "n": 2, "stream": stream}
+    sent = b"".join(asyncio.run(leave_when_stuck(routes, service, CHAT, body)))
+    assert [reply.closed for reply in service.replies] == [True, True]
+    assert (b"Hello" in sent) == stream

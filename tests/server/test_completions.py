@@ -1,25 +1,18 @@
 """The completions endpoint, driven by OpenAI's own client in process; the model is a script."""
 
-import asyncio
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from server.openai_client import complete, played, post
 from server.scripted import ScriptedService
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
 
 from indexshare.chat.types import Done, Error, Start, Text
 from indexshare.engine.sampler import SampledToken, SamplingParams
-from indexshare.errors import IndexShareError, RequestError
-from indexshare.server import completions
-from indexshare.server.http import ApiError, as_api_error, error_response
+from indexshare.errors import RequestError
 from indexshare.server.types import CompletionRequest, OutputFormat, Piece
 
 
@@ -36,46 +29,9 @@ AB = (
 PROMPT_TOKENS = (drawn("h", None), drawn("i", -2.0, ("o", -1.0)))
 
 
-def played(*pieces: Piece, prompt_tokens: Sequence[SampledToken] = ()) -> ScriptedService:
-    return ScriptedService(lambda request: pieces, prompt_tokens=prompt_tokens)
-
-
-def application(service: ScriptedService) -> Starlette:
-    async def handle(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError | IndexShareError)
-        failure = error if isinstance(error, ApiError) else as_api_error(error)
-        return error_response(request.scope["path"], failure, "r")
-
-    return Starlette(routes=completions.routes(service), exception_handlers={ApiError: handle, IndexShareError: handle})
-
-
-def create(service: ScriptedService, **fields: Any) -> Any:
-    """The client's answer; a list of chunks when it is streamed."""
-
-    async def run() -> Any:
-        transport = httpx2.ASGITransport(app=application(service))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-            client = openai.AsyncOpenAI(base_url="http://127.0.0.1/v1", http_client=http, api_key="x", max_retries=0)
-            answer = await client.completions.create(**{"model": "scripted", "prompt": "hi"} | fields)
-            return [chunk async for chunk in answer] if fields.get("stream") else answer
-
-    return asyncio.run(run())
-
-
-def post(service: ScriptedService, body: str | dict[str, Any]) -> httpx2.Response:
-    async def run() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app=application(service))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-            content = body if isinstance(body, str) else json.dumps(body)
-            headers = {"content-type": "application/json"}
-            return await http.post("/v1/completions", content=content, headers=headers)
-
-    return asyncio.run(run())
-
-
 def test_a_whole_answer() -> None:
     service = played(*AB)
-    answer = create(service, temperature=0.5, stop="x", top_p=0.5, presence_penalty=1.0, seed=4)
+    answer = complete(service, temperature=0.5, stop="x", top_p=0.5, presence_penalty=1.0, seed=4)
     assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == "scripted"
     (choice,) = answer.choices
     assert (choice.text, choice.finish_reason, choice.logprobs) == ("ab", "length", None)
@@ -98,11 +54,11 @@ def test_a_whole_answer() -> None:
 
 
 def test_a_streamed_answer() -> None:
-    chunks = create(played(*AB), stream=True, stream_options={"include_usage": True}, echo=True)
+    chunks = complete(played(*AB), stream=True, stream_options={"include_usage": True}, echo=True)
     assert [chunk.choices[0].text for chunk in chunks[:-1]] == ["hi", "a", "b", ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None, None, None, "length"]
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 9
-    text = post(played(*AB), {"prompt": "hi", "stream": True}).text
+    text = post(played(*AB), "/v1/completions", {"prompt": "hi", "stream": True}).text
     assert text.endswith("data: [DONE]\n\n") and "usage" not in text
 
 
@@ -117,7 +73,7 @@ def test_a_streamed_answer() -> None:
 )
 def test_prompts(prompt: Any, expected: list[Any]) -> None:
     service = played(*AB)
-    answer = create(service, prompt=prompt, n=2, best_of=2)
+    answer = complete(service, prompt=prompt, n=2, best_of=2)
     assert [request.prompt for request in service.seen] == [one for one in expected for _ in range(2)]
     assert [choice.index for choice in answer.choices] == list(range(2 * len(expected)))
     assert answer.usage.prompt_tokens == 7 * len(expected) and answer.usage.completion_tokens == 4 * len(expected)
@@ -126,7 +82,7 @@ def test_prompts(prompt: Any, expected: list[Any]) -> None:
 def test_logprobs_as_evaluation_tools_read_them() -> None:
     """What lm-eval's `local-completions` sends to score a continuation, and every entry that it reads."""
     service = played(*AB[:2], Piece(events=(Done("length"),)), prompt_tokens=PROMPT_TOKENS)
-    answer = create(service, prompt=[[104, 105]], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
+    answer = complete(service, prompt=[[104, 105]], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
     (request,) = service.seen
     assert isinstance(request, CompletionRequest) and request.echo
     assert request.sampling == {"temperature": 0, "max_new_tokens": 1, "logprobs": 1, "seed": 1234}
@@ -140,16 +96,16 @@ def test_logprobs_as_evaluation_tools_read_them() -> None:
 
 def test_scoring_only() -> None:
     service = played(Piece(events=(Start(2), Done("length"))), prompt_tokens=PROMPT_TOKENS)
-    choice = create(service, max_tokens=0, logprobs=0, echo=True).choices[0]
+    choice = complete(service, max_tokens=0, logprobs=0, echo=True).choices[0]
     assert service.seen[0].sampling == {"max_new_tokens": 0, "logprobs": 0}
     assert (choice.text, choice.logprobs.token_logprobs) == ("hi", [None, -2.0])
-    create(service, max_tokens=0, echo=True)
+    complete(service, max_tokens=0, echo=True)
     assert isinstance(service.seen[1], CompletionRequest) and service.seen[1].echo
 
 
 def test_echo_without_logprobs_is_only_text() -> None:
     service = played(*AB)
-    assert create(service, echo=True, prompt=[104, 105]).choices[0].text == "hiab"
+    assert complete(service, echo=True, prompt=[104, 105]).choices[0].text == "hiab"
     assert isinstance(service.seen[0], CompletionRequest) and not service.seen[0].echo
 
 
@@ -159,7 +115,7 @@ def test_tokens_that_are_part_of_a_character() -> None:
         Piece(events=(Start(2),), tokens=(first,)),
         Piece(events=(Text("éa"), Done("stop")), tokens=(second, drawn("a", float("-inf")))),
     )
-    logprobs = create(service, logprobs=1).choices[0].logprobs
+    logprobs = complete(service, logprobs=1).choices[0].logprobs
     assert logprobs.tokens == ["bytes:\\xc3", "bytes:\\xa9", "a"]
     assert logprobs.top_logprobs[0] == {"bytes:\\xc3": -1.0}
     assert logprobs.text_offset == [0, 0, 1] and logprobs.token_logprobs == [-1.0, -1.0, -9999.0]
@@ -178,8 +134,8 @@ pieces = st.lists(
 @given(script=pieces, echo=st.booleans(), logprobs=st.none() | st.integers(0, 5))
 def test_streaming_equals_not_streaming(script: list[Piece], echo: bool, logprobs: int | None) -> None:
     service = played(Piece(events=(Start(2),)), *script, Piece(events=(Done("stop"),)), prompt_tokens=PROMPT_TOKENS)
-    (whole,) = create(service, echo=echo, logprobs=logprobs).choices
-    parts = [chunk.choices[0] for chunk in create(service, echo=echo, logprobs=logprobs, stream=True)]
+    (whole,) = complete(service, echo=echo, logprobs=logprobs).choices
+    parts = [chunk.choices[0] for chunk in complete(service, echo=echo, logprobs=logprobs, stream=True)]
     assert "".join(part.text for part in parts) == whole.text
     assert [part.finish_reason for part in parts if part.finish_reason] == [whole.finish_reason]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
@@ -208,19 +164,23 @@ def test_streaming_equals_not_streaming(script: list[Piece], echo: bool, logprob
 )
 def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
     service = played(*AB)
-    response = post(service, {"prompt": "hi"} | fields)
+    response = post(service, "/v1/completions", {"prompt": "hi"} | fields)
     assert response.status_code == 400 and words in response.json()["error"]["message"] and not service.seen
 
 
 def test_fields_that_change_nothing_are_accepted_and_null_is_absent() -> None:
     service = played(*AB)
-    post(service, {"prompt": "hi", "user": "u", "suffix": None, "best_of": 1, "max_tokens": None, "logprobs": None})
+    post(
+        service,
+        "/v1/completions",
+        {"prompt": "hi", "user": "u", "suffix": None, "best_of": 1, "max_tokens": None, "logprobs": None},
+    )
     assert service.seen == [CompletionRequest(prompt="hi", sampling={"max_new_tokens": 16})]
 
 
 def test_structured_outputs() -> None:
     service = played(*AB)
-    create(service, extra_body={"structured_outputs": {"regex": "a+"}, "top_k": 3})
+    complete(service, extra_body={"structured_outputs": {"regex": "a+"}, "top_k": 3})
     assert service.seen[0].output_format == OutputFormat(kind="regex", definition="a+")
     assert service.seen[0].sampling["top_k"] == 3
 
@@ -230,7 +190,7 @@ def test_odd_numbers_are_refused_or_understood_by_the_sampler(field: str) -> Non
     impossible = ["NaN", "1e400", "9223372036854775808", "true", '"1"', "[]"]
     for value in ["-1", "0", "1", "1.5", "2147483648", "null", *impossible]:
         service = played(*AB)
-        response = post(service, f'{{"prompt": "hi", "{field}": {value}}}')
+        response = post(service, "/v1/completions", f'{{"prompt": "hi", "{field}": {value}}}')
         assert response.status_code in ((400,) if value in impossible else (200, 400)), value
         for request in service.seen:
             SamplingParams(**request.sampling)
@@ -241,11 +201,11 @@ def test_odd_numbers_are_refused_or_understood_by_the_sampler(field: str) -> Non
 def test_failures() -> None:
     broken = (*AB[:2], Piece(events=(Error("the model broke"),)))
     with pytest.raises(openai.InternalServerError, match="the model broke"):
-        create(played(*broken))
+        complete(played(*broken))
     with pytest.raises(openai.APIError, match="the model broke"):
-        create(played(*broken), stream=True)
+        complete(played(*broken), stream=True)
     with pytest.raises(openai.NotFoundError):
-        create(played(*AB), model="davinci")
+        complete(played(*AB), model="davinci")
 
 
 def test_a_prompt_that_cannot_be_echoed_leaves_no_reply_behind() -> None:
@@ -254,5 +214,5 @@ def test_a_prompt_that_cannot_be_echoed_leaves_no_reply_behind() -> None:
             raise RequestError("token 9 is not in the vocabulary")
 
     service = Narrow(lambda request: AB)
-    assert post(service, {"prompt": [9], "echo": True}).status_code == 400
+    assert post(service, "/v1/completions", {"prompt": [9], "echo": True}).status_code == 400
     assert [reply.closed for reply in service.replies] == [True]

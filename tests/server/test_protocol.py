@@ -128,8 +128,7 @@ def test_head_that_never_ends_gets_431_while_it_comes(live: Live) -> None:
 def test_second_head_in_the_same_read_is_bounded_too(live: Live) -> None:
     first = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     answer = live.ask(first + head(x_large="x" * 100_000))
-    assert b" 431 " in answer or answer.count(b"200 OK") == 1
-    assert answer.count(b"200 OK") <= 1
+    assert answer.count(b"HTTP/1.1") <= 1  # 431, or the end of the connection while the first one is answered
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET / HTTP/1.1\r\nhost: localhost\r\n", b"\r\n"])
@@ -249,9 +248,9 @@ def test_body_that_does_not_come_gets_408(live: Live) -> None:
 
 def test_chunk_headers_and_trailers_are_bounded(live: Live) -> None:
     chunked = head("/size", "POST", transfer_encoding="chunked")
-    assert status(live.ask(chunked + b"5;" + b"x" * 40_000)) != 200
+    assert b" 200 " not in live.ask(chunked + b"5;" + b"x" * 40_000)  # the connection ends
     trailers = b"5\r\nhello\r\n0\r\n" + b"".join(b"x-%d: y\r\n" % number for number in range(20_000))
-    assert b" 200 " not in live.ask(chunked + trailers).split(b"\r\n", 1)[0]
+    assert b" 200 " not in live.ask(chunked + trailers)
 
 
 def test_trailers_do_not_become_headers(live: Live) -> None:

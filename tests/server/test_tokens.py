@@ -1,43 +1,15 @@
 """Models and tokens, driven by OpenAI's own client and by plain HTTP in process."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from server import openai_client
+from server.openai_client import with_client
 from server.scripted import ScriptedService
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
 
-from indexshare.server import tokens
-from indexshare.server.http import ApiError, error_response
 from indexshare.server.types import ChatRequest
-
-
-def with_http(service: ScriptedService, action: Callable[[httpx2.AsyncClient], Awaitable[Any]]) -> Any:
-    async def handle(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        return error_response(request.scope["path"], error, "r")
-
-    async def run() -> Any:
-        app = Starlette(routes=tokens.routes(service), exception_handlers={ApiError: handle})
-        transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-            return await action(http)
-
-    return asyncio.run(run())
-
-
-def with_client(service: ScriptedService, action: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    return with_http(
-        service,
-        lambda http: action(
-            openai.AsyncOpenAI(base_url="http://127.0.0.1/v1", http_client=http, api_key="x", max_retries=0)
-        ),
-    )
 
 
 def silent() -> ScriptedService:
@@ -45,7 +17,7 @@ def silent() -> ScriptedService:
 
 
 def post(path: str, body: dict[str, Any], service: ScriptedService | None = None) -> httpx2.Response:
-    return with_http(service or silent(), lambda http: http.post(path, json=body))
+    return openai_client.post(service or silent(), path, body)
 
 
 def test_models() -> None:
@@ -53,7 +25,9 @@ def test_models() -> None:
     assert [model.id for model in listed.data] == ["scripted", "team/alias"]
     assert listed.data[0].created == 1_700_000_000 and listed.data[0].max_model_len == 1000
     assert with_client(silent(), lambda client: client.models.retrieve("scripted")).id == "scripted"
-    assert with_http(silent(), lambda http: http.get("/v1/models/team/alias")).json()["id"] == "team/alias"
+    assert (
+        with_client(silent(), lambda client: client._client.get("/v1/models/team/alias")).json()["id"] == "team/alias"
+    )
     with pytest.raises(openai.NotFoundError, match="use one of scripted, team/alias"):
         with_client(silent(), lambda client: client.models.retrieve("gpt-6"))
 

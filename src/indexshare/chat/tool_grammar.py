@@ -39,6 +39,8 @@ _COMBINATIONS = frozenset(
 )
 _STRING_RULES = frozenset({"pattern", "minLength", "maxLength"})
 
+# A pattern of a JSON schema (ECMAScript) as llguidance reads it between slashes: \d and \w are ASCII.
+_REWRITTEN = {"/": r"\/", "\n": r"\n", r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
 _ANY_TEXT = "/(?s:.*)/"
 _PARTS = r"""
 CALL_SPACE: /[ \n]{1,2}/
@@ -269,7 +271,7 @@ def _search(pattern: str) -> str:
     """
     end = re.search(r"(?<!\\)(?:\\\\)*(\$)$", pattern)
     body = pattern[pattern.startswith("^") : end.start(1) if end else None]
-    body = re.sub(r"\\.|/|\n", lambda match: {"/": r"\/", "\n": r"\n"}.get(match[0], match[0]), body, flags=re.DOTALL)
+    body = re.sub(r"\\.|/|\n", lambda match: _REWRITTEN.get(match[0], match[0]), body, flags=re.DOTALL)
     before = "" if pattern.startswith("^") else "(?s:.*)"
     after = "" if end else "(?s:.*)"
     return f"/{before}({body}){after}/"

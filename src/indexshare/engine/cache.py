@@ -150,10 +150,26 @@ class PagedCache:
             first, to = source * self.page_size, target * self.page_size
             rows[to : to + num_rows] = rows[first : first + num_rows]
 
-    def read_page(self, page: int, num_rows: int) -> list[Tensor]:
-        """The first rows of a page in every pool, as bytes: uint8 [num_rows, row bytes], views."""
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all pools."""
+        return self.num_bytes // self.num_pages
+
+    def read_page(self, page: int) -> bytes:
+        """The rows of a page in every pool, one after the other."""
+        return b"".join(rows.cpu().numpy().tobytes() for rows in self._rows_of(page))
+
+    def write_page(self, page: int, content: bytes) -> None:
+        """The inverse of `read_page`."""
+        assert len(content) == self.page_bytes
+        data, start = torch.frombuffer(bytearray(content), dtype=torch.uint8), 0
+        for rows in self._rows_of(page):
+            rows.copy_(data[start : start + rows.numel()].view(rows.shape))
+            start += rows.numel()
+
+    def _rows_of(self, page: int) -> list[Tensor]:
         first = page * self.page_size
-        return [rows[first : first + num_rows].view(torch.uint8) for rows in self._storage]
+        return [rows[first : first + self.page_size].view(torch.uint8) for rows in self._storage]
 
     @property
     def _storage(self) -> list[Tensor]:

@@ -15,12 +15,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from indexshare import runtime
 from indexshare.engine.cache import DEFAULT_PAGE_SIZE, PagedCache, bytes_per_token, num_pages_for, required_bytes
 from indexshare.engine.draft_length import DraftLength
 from indexshare.engine.llm import LLM
+from indexshare.engine.pages import page_key, root_key
+from indexshare.engine.prefix_store import PrefixStore
 from indexshare.engine.runner import Result, Runner
 from indexshare.engine.scheduler import Limits, Plan, Scheduler
 from indexshare.engine.sequence import Ended, Generation, Output, Sequence
@@ -38,6 +41,7 @@ class EngineOptions:
 
     num_drafts: how many tokens the MTP layer guesses at most, 0 for none. adapts_drafts: fewer when more do not pay.
     step_seconds: how long a step should take at most while somebody waits for the next token behind a prompt.
+    prefix_store: a directory for prefixes that outlive the process, of at most prefix_store_bytes.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -46,6 +50,8 @@ class EngineOptions:
     adapts_drafts: bool = True
     step_seconds: float = 0.25
     page_size: int = DEFAULT_PAGE_SIZE
+    prefix_store: Path | None = None
+    prefix_store_bytes: int = 10 * 2**30
 
 
 class Engine:
@@ -87,6 +93,10 @@ class Engine:
         self._runner = Runner(llm.model, cache, with_mtp=with_mtp)
         self._scheduler = Scheduler(self.pool, options.limits, copy_rows=cache.copy_rows)
         self._draft_length = DraftLength(options.num_drafts, is_fixed=not options.adapts_drafts)
+        self._store: PrefixStore | None = None
+        if options.prefix_store is not None:
+            fingerprint = _fingerprint(llm, options.page_size, with_mtp)
+            self._store = PrefixStore(options.prefix_store, fingerprint, max_bytes=options.prefix_store_bytes)
         self._deliver = deliver
         self._sequences: dict[Generation, Sequence] = {}
         self._inbox: deque[tuple[Generation, bool]] = deque()  # (request, whether it is cancelled)
@@ -167,6 +177,9 @@ class Engine:
         else:
             while self.step():
                 pass
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def stats(self) -> Mapping[str, Any]:
         """Figures for a monitor: counts now and totals since the start; "drafted" and "accepted" are by position."""
@@ -207,6 +220,7 @@ class Engine:
         while self._inbox:
             generation, is_cancelled = self._inbox.popleft()
             if not is_cancelled:
+                self._restore(generation)
                 self._sequences[generation] = sequence = Sequence.of(generation, self._num_arrived)
                 self._num_arrived += 1
                 self._scheduler.add(sequence)
@@ -257,9 +271,41 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.generation]
+        self._keep(sequence)
         self._scheduler.finish(sequence)
         self._totals["requests"] += 1
         self._totals["cached_tokens"] += sequence.num_cached
+
+    def _restore(self, generation: Generation) -> None:
+        """Bring pages of its prompt back from the disk, as far as there is room for them."""
+        if self._store is None or generation.scores_prompt:
+            return
+        size, scope, token_ids = self.options.page_size, generation.scope, generation.prompt_ids
+        known = self.pool.match(token_ids, scope).pages
+        for cached in known:
+            self.pool.share(cached)  # so that they are not evicted for the ones behind them
+        pages, key = [cached.page for cached in known], known[-1].key if known else root_key(scope)
+        while (end := (len(pages) + 1) * size + 1) <= len(token_ids) and self.pool.num_available > 0:
+            tokens = token_ids[end - size - 1 : end]
+            rows = self._store.get(scope, page_key(key, tokens), self.cache.page_bytes)
+            if rows is None:
+                break
+            page = self.pool.allocate(1)[0]
+            self.cache.write_page(page, rows)
+            cached = self.pool.register(page, key, tokens, scope)
+            pages.append(cached.page)
+            key = cached.key
+        self.pool.release(pages)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Hand the full pages of a sequence that ends to the store."""
+        if self._store is None:
+            return
+        self._scheduler.commit(sequence)
+        scope = sequence.generation.scope
+        for key, page in zip(sequence.keys[1:], sequence.pages, strict=False):
+            if (scope, key) not in self._store:
+                self._store.put(scope, key, self.cache.read_page(page))
 
     def _measure(self, plan: Plan, results: Items[Result], seconds: float) -> None:
         totals = self._totals
@@ -293,6 +339,14 @@ def _affordable_tokens(llm: LLM, with_mtp: bool) -> int:
     size = bytes_per_token(llm.config, llm.dtype, with_mtp=with_mtp, formats=llm.caches)
     wanted = max(DEFAULT_CACHE_BYTES // size, llm.config.max_position_embeddings)
     return max(DEFAULT_PAGE_SIZE, min(available // 2 // size, wanted))
+
+
+def _fingerprint(llm: LLM, page_size: int, with_mtp: bool) -> str:
+    """What decides the bytes of a page: the weights (by name, size and time of their files), formats, the page."""
+    files = [] if llm.load_report is None else sorted(llm.directory.glob("*.safetensors"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = (llm.config, llm.dtype, llm.caches, page_size, with_mtp, weights, sorted(llm.model.state_dict()))
+    return repr(parts)
 
 
 def _ended(generation: Generation, how: Ended, error: str | None = None) -> Output:

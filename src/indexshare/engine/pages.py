@@ -10,7 +10,7 @@ So of a common prefix of n tokens, n - 1 can be reused, and a prompt always has 
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -54,17 +54,13 @@ def page_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PagePool:
-    """Accounts for `num_pages` pages of `page_size` rows; which rows these are is the caller's business.
+    """Accounts for `num_pages` pages of `page_size` rows; which rows these are is the caller's business."""
 
-    on_evict: called with a cached page before it is given to somebody else.
-    """
-
-    def __init__(self, num_pages: int, page_size: int, *, on_evict: Callable[[CachedPage], None] | None = None) -> None:
+    def __init__(self, num_pages: int, page_size: int) -> None:
         assert num_pages > 0, "a cache has pages"
         assert page_size > 0, "a page has rows"
         self.num_pages = num_pages
         self.page_size = page_size
-        self.on_evict = on_evict
         self.num_evicted = 0
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the lowest page is handed out first
         self._num_users: dict[int, int] = {}  # of live pages
@@ -179,8 +175,6 @@ class PagePool:
         assert sum(map(len, self._children.values())) == len(self._known), "a known page has no parent"
 
     def _evict(self, cached: CachedPage) -> None:
-        if self.on_evict is not None:
-            self.on_evict(cached)
         self._remove_idle(cached)
         del self._known[cached.key], self._known_at[cached.page]
         siblings = self._children[cached.parent]

@@ -18,7 +18,7 @@ class Generation:
     """One request to the engine.
 
     stop_ids: tokens that end it; a stop token is the last one reported. tenant: tenants share the machine fairly.
-    scope: cached prefixes are shared within one scope only. guide: what decides which token may come next, if anything does.
+    scope: cached prefixes are shared within one scope only. guide: decides which token may come next, if anything does.
     drafts: whether the MTP layer may guess ahead; a request that draws (temperature above 0) from a seed of its own
     must not, so that its draws are those of plain decoding. scores_prompt: report log-probabilities of the prompt's
     tokens (then nothing of it is reused); draws_nothing: and end there. wants_selection: report what was attended to.

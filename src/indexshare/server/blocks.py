@@ -79,7 +79,7 @@ class BlockFold(ABC):
             case Reasoning(text) if text:
                 return self._extend("reasoning", text)
             case Text(text) if text:
-                if self._open != "text" and not (text).strip():
+                if self._open != "text" and not text.strip():
                     self._blank += text
                     return []
                 return self._extend("text", self._blank + text)
@@ -100,7 +100,6 @@ class BlockFold(ABC):
         if self._open != kind:
             chunks = [*self._close_block(), *self._open_block(kind)]
             self._open = kind
-        self._blank = ""
         self._parts.append(text)
         return [*chunks, self._grow_block(kind, text)]
 

@@ -13,7 +13,6 @@ which vLLM itself removed, are unknown fields.
 """
 
 import re
-import secrets
 from typing import Annotated, Any
 
 import msgspec
@@ -135,7 +134,7 @@ class GenerationBody(Strict):
     def sampling(self, max_new_tokens: int | None, logprobs: int | None) -> list[dict[str, Any]]:
         """Keyword arguments of SamplingParams for each of the n choices, only those that the client gave.
 
-        The choices differ by their seeds, which count up from the client's seed or from a random one.
+        The seeds of the choices count up from the client's; without one the service draws them.
         """
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if max_new_tokens is not None:
@@ -144,12 +143,9 @@ class GenerationBody(Strict):
             given["logprobs"] = logprobs
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
-        if self.seed is not None or self.num_choices > 1:
-            given["seed"] = secrets.randbits(62) if self.seed is None else self.seed
-        return [
-            {**given, "seed": (given["seed"] + index) & MAX_SEED} if "seed" in given else given
-            for index in range(self.num_choices)
-        ]
+        if self.seed is None:
+            return [given] * self.num_choices
+        return [{**given, "seed": (self.seed + index) & MAX_SEED} for index in range(self.num_choices)]
 
 
 class Function(Strict):

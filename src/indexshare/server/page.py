@@ -29,13 +29,11 @@ _NAMES = (
     "style.css",
 )
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in _NAMES}}
-"""Path of the request to file. The page asks for an API key itself: these paths, and only these, are open without one."""
+"""Path of the request to file. The page asks for an API key itself: of all paths only these need none."""
 
 _HEADERS = {
     "cache-control": "no-cache",  # ask each time, by ETag: after an upgrade no browser mixes old and new modules
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
 }
 
 

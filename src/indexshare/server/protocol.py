@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -164,6 +165,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        if self.force_exit:  # uvicorn leaves it out, but an engine must be told
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), CANCEL_SECONDS)
 
 
 def make_server(app: ASGIApp, settings: ServerSettings) -> Server:
