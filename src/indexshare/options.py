@@ -233,7 +233,7 @@ class ServeOptions:
     share_prefixes: Annotated[bool, Parameter(negative="")] = False
     """Let all API keys share cached prefixes; a client can then find out by timing what others have asked."""
     prefix_store: Path | None = None
-    """A directory for cached prefixes that outlive the server; they tell what was asked; indexshare purge removes them."""
+    """A directory for prefixes that outlive the server; they tell what was asked; indexshare purge removes them."""
     prefix_store_gib: float = 10.0
     """Size of that directory at most."""
     drain_seconds: int = 30

@@ -12,7 +12,9 @@ DOCUMENT = FILLER * 20 + STORY + FILLER * 20
 QUESTION = "Who kept the lighthouse?"
 
 
-def open_page(tab: "Page", url: str) -> None:
+def open_page(tab: "Page", url: str, max_tokens: int | None = None) -> None:
+    if max_tokens is not None:
+        tab.add_init_script(f"""localStorage["indexshare.settings"] ??= '{{"maxTokens": "{max_tokens}"}}'""")
     tab.goto(url)
     tab.wait_for_selector("#send:enabled")
 
@@ -25,7 +27,7 @@ def send(tab: "Page", text: str) -> None:
 def attach(tab: "Page", text: str, name: str = "story.txt") -> None:
     count = tab.locator("#attachments li").count()
     tab.set_input_files("#files", files=[{"name": name, "mimeType": "text/plain", "buffer": text.encode()}])
-    tab.wait_for_function(f"document.querySelectorAll('#attachments li').length === {count + 1}")
+    tab.locator("#attachments li").nth(count).wait_for()
 
 
 def finished_reply(tab: "Page") -> "Locator":

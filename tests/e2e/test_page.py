@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_question_is_answered_and_its_cost_shown(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     assert tab.title() == tab.locator("#model").inner_text() != "indexshare"
     assert number_in(tab.locator("#context").inner_text()) > 1000
     reply = ask(tab, QUESTION)
@@ -25,7 +25,7 @@ def test_a_question_is_answered_and_its_cost_shown(tab: "Page", base_url: str) -
 
 
 def test_a_second_question_continues_the_conversation(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     first = number_in(ask(tab, QUESTION).locator(".usage").inner_text())
     second = number_in(ask(tab, "And who wrote the log?").locator(".usage").inner_text())
     assert second > first
@@ -36,7 +36,7 @@ def test_a_second_question_continues_the_conversation(tab: "Page", base_url: str
 
 
 def test_an_attached_document_becomes_part_of_the_prompt(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     short = number_in(ask(tab, QUESTION).locator(".usage").inner_text())
     tab.click("#new-chat")
     attach(tab, DOCUMENT)
@@ -50,7 +50,7 @@ def test_an_attached_document_becomes_part_of_the_prompt(tab: "Page", base_url: 
 
 
 def test_the_panel_shows_the_prompt_and_what_each_token_read(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     tab.click("#reading-switch")
     assert tab.locator("#reading-empty").is_visible()
     ask(tab, QUESTION, DOCUMENT)
@@ -70,7 +70,7 @@ def test_the_panel_shows_the_prompt_and_what_each_token_read(tab: "Page", base_u
 
 
 def test_the_arrow_keys_move_between_tokens(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     tab.click("#reading-switch")
     ask(tab, QUESTION, DOCUMENT)
     tokens = tab.locator("#reading-tokens span")
@@ -86,7 +86,7 @@ def test_the_arrow_keys_move_between_tokens(tab: "Page", base_url: str) -> None:
 
 
 def test_each_layer_group_can_be_seen_alone(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     tab.click("#reading-switch")
     ask(tab, QUESTION, DOCUMENT)
     tab.locator("#reading-tokens span").last.click()
@@ -101,7 +101,7 @@ def test_each_layer_group_can_be_seen_alone(tab: "Page", base_url: str) -> None:
 
 
 def test_the_buttons_go_from_place_to_place(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     tab.click("#reading-switch")
     ask(tab, QUESTION, FILLER * 100 + DOCUMENT)
     tab.locator("#reading-tokens span").last.click()
@@ -116,7 +116,7 @@ def test_the_buttons_go_from_place_to_place(tab: "Page", base_url: str) -> None:
 
 
 def test_the_language_can_be_switched_and_is_remembered(tab: "Page", base_url: str) -> None:
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     ask(tab, QUESTION)
     assert tab.locator("#new-chat").inner_text().strip() == "New chat"
     tab.click("#language")
@@ -129,7 +129,7 @@ def test_the_language_can_be_switched_and_is_remembered(tab: "Page", base_url: s
 
 def test_a_telephone_shows_everything_without_scrolling_sideways(tab: "Page", base_url: str) -> None:
     tab.set_viewport_size({"width": 390, "height": 844})
-    open_page(tab, base_url)
+    open_page(tab, base_url, max_tokens=100)
     tab.click("#reading-switch")
     ask(tab, QUESTION, DOCUMENT)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390

@@ -107,6 +107,7 @@ def test_odd_numbers_are_refused_or_understood_by_the_sampler(field: str) -> Non
         ({"top_logprobs": 3}, "logprobs: true"),
         ({"top_logprobs": 21, "logprobs": True}, "20"),
         ({"n": 17}, "16"),
+        ({"n": 2, "indexshare": {"selected": True}}, "n = 1"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}] * 4097}, "4096"),
         ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0]"),

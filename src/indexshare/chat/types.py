@@ -166,10 +166,11 @@ class Warning:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The last event of a reply that ended in order."""
+    """The last event of a reply that ended in order. stop_text: the one that ended it, if one did."""
 
     reason: FinishReason
     usage: Usage | None = None
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,7 @@ class Engine:
             "preempted": self._scheduler.num_preempted,
             "cache_bytes": self.cache.num_bytes,
             "mixed_tokens": self._scheduler.mixed_tokens,
+            "expert_tokens": self._runner.expert_tokens(),
             "drafted": tuple(self._drafted),
             "accepted": tuple(self._accepted),
             **self._totals,

@@ -2,7 +2,7 @@
 
 One file holds the rows of one page: a magic word, a digest of the rest, the rows. Its name is the page's key, which
 hashes all tokens up to it; it lies in a directory for the model and one for the tenant. What a file holds tells what
-was asked: directories are 0700 and files 0600, and `purge` removes them. A damaged file is removed and counts as absent.
+was asked: directories are 0700 and files 0600, and `purge` removes them. A damaged file counts as absent.
 """
 
 import contextlib

@@ -36,12 +36,12 @@ class ReplyDecoder:
         """The remaining events, ending with Done. Reason "stop" becomes "tool_calls" after tool calls."""
         events = [] if self.stopped else self._parse(self._decoder.finish())
         if self.stopped:
-            return [*events, Done("stop", usage)]
+            return [*events, Done("stop", usage, self._stops.found)]
         if self._parser is not None:
             events += self._until_stop(self._parser.finish(reason, usage))
         else:
             events += self._until_stop([Done(reason, usage)])
-        return events if not self.stopped else [*events, Done("stop", usage)]
+        return events if not self.stopped else [*events, Done("stop", usage, self._stops.found)]
 
     def _parse(self, text: str) -> list[Event]:
         if not text or self.stopped:

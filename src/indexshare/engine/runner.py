@@ -118,6 +118,16 @@ class Runner:
         if self._with_mtp and sequence.state is not None and sequence.num_valid < sequence.num_computed:
             self._write_mtp([sequence])
 
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that each expert has computed, by layer; only the C++ kernels count."""
+        stacks = [stack.packed for stack in (self._model.stack, self._model.mtp_stack) if stack is not None]
+        return {
+            layer: counts.tolist()
+            for packed in stacks
+            if packed is not None
+            for layer, counts in packed.expert_tokens.items()
+        }
+
     def _prepare(self, sequence: Sequence) -> None:
         if sequence.state is None:
             generation = sequence.generation

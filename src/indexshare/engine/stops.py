@@ -13,17 +13,23 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """The part of the text so far that can be passed on now and has not been."""
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         text = self._held + text
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stops if stop in text]
+        found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stops if stop in text]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, begin, self.found = min(found)
+            self._held = ""
+            return text[:begin]
         num_held = max(self._overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -69,6 +69,7 @@ class Layer(ctypes.Structure):
         ("router_bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_experts", "num_chosen", "normalise")),
         ("expert_scale", ctypes.c_double),
+        ("expert_tokens", ctypes.c_void_p),
     )
 
 
@@ -91,7 +92,8 @@ class Model(ctypes.Structure):
 class PackedLayers:
     """A stack as the kernels read it. model: `struct Model`. owned: everything that it points to.
 
-    seconds: what the calls have spent on the operations TIMED.
+    seconds: what the calls have spent on the operations TIMED. expert_tokens: int64 [experts] by layer, tokens that each
+    expert has computed so far.
     """
 
     operators: Any
@@ -101,6 +103,7 @@ class PackedLayers:
     dtype: torch.dtype
     owned: tuple[object, ...]
     seconds: Tensor
+    expert_tokens: dict[int, Tensor]
 
 
 def pack_model(model: GlmForCausalLM) -> str | None:
@@ -171,7 +174,9 @@ def _replace(module: nn.Module, name: str, packer: Packer) -> None:
 def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLayers:
     owned: list[object] = []
     config, layers, head = stack.config, stack.layers, stack.head.weight
-    array = (Layer * len(layers))(*(_pack_layer(config, layer, packer, owned) for layer in layers))
+    counts = {layer.self_attn.layer: torch.zeros(config.n_routed_experts, dtype=torch.int64) for layer in layers}
+    parts = [_pack_layer(config, layer, counts[layer.self_attn.layer], packer, owned) for layer in layers]
+    array = (Layer * len(layers))(*parts)
     owned.append(array)
     assert isinstance(head, PackedWeight), "projections are packed first"
     embedding = None if stack.embedding is None else stack.embedding.weight.detach().contiguous()
@@ -210,6 +215,11 @@ def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLaye
         dtype=layers[0].input_layernorm.weight.dtype,
         owned=tuple(owned),
         seconds=torch.zeros(len(TIMED), dtype=torch.float64),
+        expert_tokens={
+            layer.self_attn.layer: counts[layer.self_attn.layer]
+            for layer in layers
+            if isinstance(layer.mlp, MixtureOfExperts)
+        },
     )
 
 
@@ -220,7 +230,9 @@ def _norm(module: nn.Module, owned: list[object]) -> Norm:
     return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
 
 
-def _pack_layer(config: GlmConfig, layer: DecoderLayer, packer: Packer, owned: list[object]) -> Layer:
+def _pack_layer(
+    config: GlmConfig, layer: DecoderLayer, counts: Tensor, packer: Packer, owned: list[object]
+) -> Layer:
     def matrix(weight: Tensor | PackedWeight) -> Matrix:
         packed = weight if isinstance(weight, PackedWeight) else packer(weight.detach())
         owned.append(packed)
@@ -256,6 +268,7 @@ def _pack_layer(config: GlmConfig, layer: DecoderLayer, packer: Packer, owned: l
         packed.expert_gate_up, packed.expert_down = matrix(mlp.experts.gate_up_proj), matrix(mlp.experts.down_proj)
         packed.num_experts, packed.num_chosen = config.n_routed_experts, config.num_experts_per_tok
         packed.normalise, packed.expert_scale = config.norm_topk_prob, config.routed_scaling_factor
+        packed.expert_tokens = counts.data_ptr()
     return packed
 
 

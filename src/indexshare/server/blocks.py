@@ -5,9 +5,9 @@ and close. `decode_block` reads the one, `BlockFold` writes the other, and `resp
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -87,9 +87,9 @@ class BlockFold(ABC):
                 return [*self._close_block(), *self._call(event)]
             case Done(reason="cancelled" | "error" as reason):
                 return self._stop("the reply was cancelled" if reason == "cancelled" else "generation failed")
-            case Done(reason, usage):
+            case Done(reason, usage, stop_text):
                 usage = usage or self._usage_so_far()
-                return [*self._close_block(complete=reason != "length"), *self._finish(reason, usage)]
+                return [*self._close_block(complete=reason != "length"), *self._finish(reason, usage, stop_text)]
             case Error(message):
                 return self._stop(message)
             case _:
@@ -142,7 +142,7 @@ class BlockFold(ABC):
     def _call(self, call: ToolCallEvent) -> list[Chunk]: ...
 
     @abstractmethod
-    def _finish(self, reason: FinishReason, usage: Usage) -> list[Chunk]: ...
+    def _finish(self, reason: FinishReason, usage: Usage, stop_text: str | None) -> list[Chunk]: ...
 
     @abstractmethod
     def _fail(self, message: str) -> list[Chunk]: ...
@@ -157,7 +157,7 @@ async def respond(request: Request, reply: Reply, fold: BlockFold, *, stream: bo
         return event_stream(_chunks(reply, fold))
 
     async def read() -> None:
-        async with aclosing(_pieces(reply)) as pieces:
+        async with aclosing(reply.pieces()) as pieces:
             async for piece in pieces:
                 fold.feed(piece)
 
@@ -171,12 +171,8 @@ async def respond(request: Request, reply: Reply, fold: BlockFold, *, stream: bo
     return json_response(result)
 
 
-def _pieces(reply: Reply) -> AsyncGenerator[Piece, None]:
-    return cast("AsyncGenerator[Piece, None]", reply.pieces())
-
-
 async def _chunks(reply: Reply, fold: BlockFold) -> AsyncIterator[bytes]:
-    async with aclosing(_pieces(reply)) as pieces:
+    async with aclosing(reply.pieces()) as pieces:
         async for piece in pieces:
             if chunks := fold.feed(piece):
                 yield b"".join(

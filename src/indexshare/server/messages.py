@@ -232,6 +232,7 @@ class MessageFold(BlockFold):
         self._model = model
         self._content: list[dict[str, Any]] = []
         self._stop_reason: str | None = None
+        self._stop_sequence: str | None = None
         self._usage: dict[str, int] | None = None
 
     def result(self) -> dict[str, Any]:
@@ -243,7 +244,7 @@ class MessageFold(BlockFold):
             "model": self._model,
             "content": list(self._content),
             "stop_reason": self._stop_reason,
-            "stop_sequence": None,  # the engine does not say which one it was; stop_reason is then end_turn
+            "stop_sequence": self._stop_sequence,
             "usage": self._usage or _usage(self._usage_so_far()),
         }
 
@@ -277,13 +278,16 @@ class MessageFold(BlockFold):
             self._stop_block({**block, "input": dict(call.arguments)}),
         ]
 
-    def _finish(self, reason: FinishReason, usage: Usage) -> list[Chunk]:
-        called = any(
-            block["type"] == "tool_use" for block in self._content
-        )  # clients wait for a block they were promised
-        self._stop_reason = "max_tokens" if reason == "length" else "tool_use" if called else "end_turn"
+    def _finish(self, reason: FinishReason, usage: Usage, stop_text: str | None) -> list[Chunk]:
+        if reason == "length":
+            self._stop_reason = "max_tokens"
+        elif stop_text is not None:
+            self._stop_reason, self._stop_sequence = "stop_sequence", stop_text
+        else:  # clients wait for a block they were promised
+            called = any(block["type"] == "tool_use" for block in self._content)
+            self._stop_reason = "tool_use" if called else "end_turn"
         self._usage = _usage(usage)
-        delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
         return [{"type": "message_delta", "delta": delta, "usage": self._usage}, {"type": "message_stop"}]
 
     def _fail(self, message: str) -> list[Chunk]:

@@ -319,7 +319,7 @@ class ResponseFold(BlockFold):
         self._output.append(item)
         return event
 
-    def _finish(self, reason: FinishReason, usage: Usage) -> list[Chunk]:
+    def _finish(self, reason: FinishReason, usage: Usage, stop_text: str | None) -> list[Chunk]:
         status = "incomplete" if reason == "length" else "completed"
         if reason == "length":
             self._response["incomplete_details"] = {"reason": "max_output_tokens"}

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -284,7 +284,7 @@ class EngineReply:
     def num_prompt_tokens(self) -> int:
         return len(self.generation.prompt_ids)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Once; closing it early cancels the request."""
         events: list[Event] = [Start(self.num_prompt_tokens)]
         selection = {} if self.report is None else self.report.header()
@@ -333,7 +333,7 @@ def compile_request(compiler: GuideCompiler, request: ChatRequest) -> CompiledGu
         raise RequestError("tool_choice asks for a tool call, but the request has no tools")
     if request.output_format is not None and (choice.mode == "required" or _has_strict(tools)):
         raise RequestError("a response format and enforced tool calls cannot be combined: leave one of them out")
-    if not tools or (choice.mode == "auto" and not _has_strict(tools)):
+    if not tools or (choice.mode == "auto" and choice.parallel and not _has_strict(tools)):
         return _compile_format(compiler, request.output_format)
     if choice.mode == "none":
         return _compile_format(compiler, request.output_format) or compiler.free(may_call=False)

@@ -1,6 +1,6 @@
 """What the API dialects and the service say to each other: neutral requests in, pieces of a reply out."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -94,7 +94,7 @@ class Reply(Protocol):
         """With echo: the tokens of the prompt; the first one has no log-probability. Known with the first piece."""
         ...
 
-    def pieces(self) -> AsyncIterator[Piece]: ...
+    def pieces(self) -> AsyncGenerator[Piece, None]: ...
 
 
 class Service(Protocol):

@@ -28,6 +28,7 @@ struct Layer {
   const float* router_bias;
   int64_t num_experts, num_chosen, normalise;
   double expert_scale;
+  int64_t* expert_tokens;  // [num_experts], counted up
 };
 
 struct Geometry {  // the same for all layers; mirrored in model/native.py
@@ -337,6 +338,7 @@ class LayerRun {
     std::vector<int64_t> experts(size_t(T) * chosen);
     std::vector<float> gates(experts.size());
     route(scores, layer_.router_bias, T, layer_.num_experts, chosen, layer_.normalise, float(layer_.expert_scale), experts.data(), gates.data());
+    for (const int64_t expert : experts) layer_.expert_tokens[expert]++;
     Experts run(layer_.expert_gate_up, layer_.expert_down, layer_.num_experts, chosen, T, experts.data(), gates.data());
     run.with_shared(&layer_.gate, &layer_.up, &layer_.down);
     run.add(x, g_.hidden, hidden, arena_);
