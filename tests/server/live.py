@@ -1,75 +1,44 @@
-"""A real server on a free port of this machine, in a thread, and raw sockets to talk to it."""
+"""The shipped model behind the whole server, in this process."""
 
-import socket
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from server.scripted import ScriptedService
-from starlette.routing import BaseRoute
+import httpx2
 
+from indexshare.engine.engine import EngineOptions
+from indexshare.engine.llm import LLM
 from indexshare.server.app import ServerSettings, create_app
-from indexshare.server.protocol import Server, listen, make_server
+from indexshare.server.metrics import Metrics
+from indexshare.server.service import EngineService
+
+T = TypeVar("T")
 
 
-class Live:
-    """A running server: its port, and connections to it that give up after ten seconds."""
-
-    def __init__(self, server: Server, port: int) -> None:
-        self.server, self.port = server, port
-
-    def connect(self, sent: bytes = b"") -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        connection.sendall(sent)
-        return connection
-
-    def ask(self, sent: bytes) -> bytes:
-        """Everything the server says until it closes the connection."""
-        with self.connect(sent) as connection:
-            return read_all(connection)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Until the end, also when that is a reset."""
-    received = b""
+@asynccontextmanager
+async def serving(llm: LLM, *, settings: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[Any]:
+    """A service whose engine runs in its thread, and a client of the application around it."""
+    fields = {"cache_tokens": 16_384, "num_drafts": 2, **options}
+    service = EngineService(lambda: llm, EngineOptions(**fields), model_names=("nano", "alias"))
+    app = create_app(
+        service,
+        ServerSettings(**(settings or {})),
+        metrics=Metrics(service.stats),
+        readiness=lambda: service.not_ready,
+    )
+    await service.start()
+    transport = httpx2.ASGITransport(app=app)
     try:
-        while data := connection.recv(65536):
-            received += data
-    except ConnectionResetError:
-        pass
-    return received
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            yield service, client
+    finally:
+        await service.close(drain_seconds=0.0)
+        stats = service.stats()
+        assert stats["live_pages"] == 0 and stats["free_pages"] + stats["cached_pages"] == stats["pages"]
+        assert not service._replies, "a reply was not forgotten"
 
 
-def read_until(connection: socket.socket, mark: bytes) -> bytes:
-    received = b""
-    while mark not in received:
-        data = connection.recv(65536)
-        assert data, f"the server closed the connection after {received!r}"
-        received += data
-    return received
-
-
-def head(target: str = "/health", method: str = "GET", host: str = "127.0.0.1", **headers: str) -> bytes:
-    """A request's head; `content_length` is written content-length. The connection is closed after the answer."""
-    fields = {"host": host, "connection": "close"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
-
-
-@contextmanager
-def live_server(
-    routes: Sequence[BaseRoute] = (), service: ScriptedService | None = None, **settings: Any
-) -> Iterator[Live]:
-    chosen = ServerSettings(port=0, **settings)
-    app = create_app(service or ScriptedService(lambda request: []), chosen, extra_routes=routes)
-    server = make_server(app, chosen)
-    with listen(chosen) as listener:  # connections wait in it until the thread is there
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield Live(server, listener.getsockname()[1])
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-    assert not thread.is_alive(), "the server did not end"
+def run(test: Callable[[], Awaitable[T]]) -> T:
+    """Run an async test."""
+    return asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]

@@ -127,23 +127,14 @@ def test_the_host_header_cannot_make_up_a_path(host: str, path: str) -> None:
     assert ask(path, headers={"host": host}, api_keys=KEYS).status_code == 400
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/%68ealth/../metrics",
-        "/health%2f..%2fmetrics",
-        "/health/..",
-        "//",
-        "/health;x",
-        "/HEALTH",
-        "/health%00",
-        "/page/../metrics",
-    ],
-)
-def test_spellings_of_an_open_path_open_nothing_else(target: str) -> None:
-    """Over a socket: clients normalise paths before they send them."""
+def test_spellings_of_an_open_path_open_nothing_else() -> None:
+    """Over sockets: clients normalise paths before they send them."""
+    spellings = (
+        "/%68ealth/../metrics /health%2f..%2fmetrics /health/.. // /health;x /HEALTH /health%00 /page/../metrics"
+    )
     with live_server(api_keys=KEYS) as live:
-        assert live.ask(head(target)).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
+        for target in spellings.split():
+            assert live.ask(head(target)).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), target
         assert live.ask(head("/%68ealth")).startswith(b"HTTP/1.1 200")
 
 

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -286,7 +286,7 @@ def _event(value: object) -> bytes:
 
 async def _merged(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, Piece]]:
     """The pieces of all replies as they come, each with the index of its reply. Closing it closes all of them."""
-    sources = [cast("AsyncGenerator[Piece]", reply.pieces()) for reply in replies]
+    sources = [reply.pieces() for reply in replies]
     waiting = {asyncio.ensure_future(anext(source, None)): index for index, source in enumerate(sources)}
     try:
         while waiting:
@@ -302,7 +302,7 @@ async def _merged(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, Piece]]
 
 async def _discard(replies: Sequence[Reply]) -> None:
     """Cancel accepted replies of which nothing was read."""
-    sources = [cast("AsyncGenerator[Piece]", reply.pieces()) for reply in replies]
+    sources = [reply.pieces() for reply in replies]
     tasks = [asyncio.ensure_future(anext(source, None)) for source in sources]
     await asyncio.sleep(0)  # they begin: a generator that has not begun does not notice that it is closed
     await _close(tasks, sources)

@@ -196,6 +196,8 @@ class EngineService:
             self._num_preparing -= 1
 
     def _render(self, llm: LLM, request: ChatRequest) -> ChatPrompt:
+        if not request.messages:
+            raise RequestError("messages is empty: send at least one message")
         effort, thinking = resolve_effort(
             request.reasoning_effort, request.enable_thinking is not False, llm.template.source
         )

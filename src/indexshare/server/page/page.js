@@ -108,7 +108,7 @@ byId("language").addEventListener("click", () => {
   switchLanguage(name);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && chat.isBusy && !document.querySelector("dialog[open]")) chat.stop();
+  if (event.key === "Escape" && !event.defaultPrevented && chat.isBusy && !document.querySelector("dialog[open]")) chat.stop();
 });
 
 switchLanguage(preferredLanguage(settings.values.language));
