@@ -103,7 +103,7 @@ def drive(plan: Plan) -> Load:
         process.kill()
         process.wait()
     if process.returncode:
-        raise LoadError(errors.decode(errors="replace").strip().rpartition("\n")[2] or f"ended with {process.returncode}")
+        raise LoadError(errors.decode(errors="replace").strip() or f"the clients ended with {process.returncode}")
     found = json.loads(output)
     intruder = found.pop("intruder")
     return Load(
@@ -126,8 +126,7 @@ class Connection(asyncio.Protocol):
         _, connection = await loop.create_connection(lambda: cls(plan, clock), "127.0.0.1", plan.port)
         return connection
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         self._done: asyncio.Future[None] | None = None
 

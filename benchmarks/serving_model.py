@@ -1,7 +1,7 @@
 """What is served: `nano`, or a seeded random checkpoint with a tokenizer made up for it.
 
 A server needs a tokenizer although the benchmark sends token ids. Here each id is a word of its own, so that every
-token is a piece of text and the text says which tokens were drawn. No token ends a reply.
+token is a piece of text and the text says which tokens were drawn. One of them ends a reply, since a server wants that.
 """
 
 import json
@@ -19,6 +19,7 @@ from indexshare.engine.resolve import resolve_model
 from indexshare.model.config import GlmConfig
 
 FIRST_WORD = 257  # after the bytes and one merge
+END = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +57,11 @@ def _with_tokenizer(checkpoint: Path) -> Path:
     for weights in checkpoint.glob("*.safetensors*"):
         link = target / weights.name
         link.unlink(missing_ok=True)
-        link.symlink_to(weights)
+        link.hardlink_to(weights)  # a symbolic one would lead out of the checkpoint, which loading refuses
     shutil.copy(checkpoint / "config.json", target)
     vocab_size = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     (target / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False})
     )
     (target / "tokenizer.json").write_text(json.dumps(tokenizer_spec(vocab_size)))  # last: it says that all is there
     return target
@@ -72,14 +73,16 @@ def tokenizer_spec(vocab_size: int) -> dict[str, object]:
     alphabet = [chr(byte) for byte in kept] + [chr(0x100 + index) for index in range(256 - len(kept))]  # as ByteLevel
     words = ("\u0120" + "".join(letters) for letters in product(ascii_lowercase, repeat=4))
     vocabulary = {token: index for index, token in enumerate((*alphabet, "ab"))}
-    vocabulary |= {next(words): index for index in range(FIRST_WORD, vocab_size)}
+    vocabulary |= {next(words): index for index in range(FIRST_WORD, vocab_size - 1)}
+    end = {"id": vocab_size - 1, "content": END, "special": True, "normalized": False}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     split = {"type": "Split", "pattern": {"Regex": GLM_SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": [end],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,

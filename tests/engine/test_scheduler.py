@@ -152,6 +152,19 @@ def test_a_prefix_is_reused_pages_shared_and_the_rest_copied() -> None:
     assert source != target and count == 1
 
 
+def test_what_is_being_read_for_one_is_waited_for_by_the_others() -> None:
+    simulation = Simulation(max_step_tokens=16)
+    tokens = prompt(81)
+    same = [simulation.add([*tokens[:78], seed], new=2) for seed in range(200, 205)]
+    other = simulation.add(prompt(9, 5), new=2)
+    read = 0
+    while len(simulation.finished) < 6:
+        read += sum(item.num_tokens for item in simulation.step().work)
+    assert other in simulation.finished[:2], "others go past those that wait for a prefix"
+    assert all(sequence.num_cached >= 76 for sequence in same[1:])
+    assert read < 79 + 4 * 5 + 9 + 2 * 6
+
+
 def test_scoring_a_prompt_reuses_nothing() -> None:
     simulation = Simulation()
     simulation.add(prompt(20), new=1)

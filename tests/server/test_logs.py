@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from server.live import head, live_server, read_until
 from server.scripted import ScriptedService
+from server.sockets import head, live_server, read_until
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_is_499(log: io.StringIO) -> None:
 
 
 def test_a_refused_request_is_logged_too(log: io.StringIO) -> None:
-    ask("GET", "/nowhere\n2026-01-01 forged")
+    ask("GET", "/nowhere%0A2026-01-01%20forged")
     (line,) = lines(log)
     assert line["status"] == 404
     assert "\\n" in log.getvalue()

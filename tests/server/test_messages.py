@@ -13,7 +13,8 @@ from server.scripted import ScriptedService
 
 from indexshare.chat.types import Error, Event, Reasoning, Start, Text, ToolCallEvent, Warning
 from indexshare.errors import IndexShareError, MemoryLimitError, OverloadedError, RequestError
-from indexshare.server.messages import routes, without_header_lines
+from indexshare.server.messages import routes
+from indexshare.server.system_prompt import without_header_lines
 from indexshare.server.types import ChatRequest, OutputFormat, Piece, ToolChoice
 
 PATH = "/v1/messages"

@@ -70,7 +70,7 @@ def test_keys_are_described_when_they_are_asked_for() -> None:
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=15, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=10, suppress_health_check=list(HealthCheck), deadline=None)
 def test_generated_requests_never_cause_an_error_of_the_server(case: schemathesis.Case) -> None:
     response = case.call(headers={"host": "127.0.0.1"})
     assert response.status_code < 500, response.text

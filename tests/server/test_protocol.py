@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from server.live import Live, head, live_server, read_all, read_until
+from server.sockets import Live, head, live_server, read_all, read_until
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -339,7 +339,7 @@ import asyncio, sys
 from indexshare.server.app import ServerSettings, create_app
 from indexshare.server.http import event_stream
 from indexshare.server.logs import configure_logging
-from indexshare.server.protocol import serve
+from indexshare.server.protocol import listen, make_server
 from server.scripted import ScriptedService
 from starlette.routing import Route
 
@@ -356,7 +356,9 @@ async def stream(request):
 
 configure_logging("json")
 settings = ServerSettings(port=0, drain_seconds=int(sys.argv[2]))
-serve(create_app(ScriptedService(lambda request: []), settings, extra_routes=[Route("/stream", stream)]), settings)
+app = create_app(ScriptedService(lambda request: []), settings, extra_routes=[Route("/stream", stream)])
+with listen(settings) as listener:
+    make_server(app, settings).run(sockets=[listener])
 sys.stderr.write("AFTER\\n")
 """
 

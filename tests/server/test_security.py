@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from server.live import head, live_server
 from server.scripted import ScriptedService
+from server.sockets import head, live_server
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -304,7 +304,7 @@ def test_a_missing_key_file_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_other_machines_are_let_in_only_with_keys(host: str) -> None:
-    with pytest.raises(ConfigError, match="--api-keys"):
+    with pytest.raises(ConfigError, match="--api-key-file"):
         ServerSettings(host=host)
     assert ServerSettings(host=host, api_keys=KEYS).host == host
 

@@ -123,12 +123,18 @@ class PagePool:
             else:
                 self._idle.setdefault(cached.tenant, OrderedDict())[cached.key] = cached
 
-    def match(self, token_ids: Sequence[int], tenant: str) -> PrefixMatch:
-        """The longest cached prefix of a sequence that leaves at least its last token to be read."""
-        size, key, found = self.page_size, root_key(tenant), []
+    def match(self, token_ids: Sequence[int], tenant: str, keys: list[bytes] | None = None) -> PrefixMatch:
+        """The longest cached prefix of a sequence that leaves at least its last token to be read.
+
+        keys: remembers the keys of its pages for the next time the same sequence is looked up.
+        """
+        size, key = self.page_size, root_key(tenant)
+        found: list[CachedPage] = []
+        keys = [] if keys is None else keys
         while (end := (len(found) + 1) * size + 1) <= len(token_ids):
-            cached = self._known.get(page_key(key, token_ids[end - size - 1 : end]))
-            if cached is None:
+            if len(keys) == len(found):
+                keys.append(page_key(key, token_ids[end - size - 1 : end]))
+            if (cached := self._known.get(keys[len(found)])) is None:
                 break
             found.append(cached)
             key = cached.key

@@ -14,6 +14,9 @@ from indexshare.engine.pages import PagePool, PrefixMatch
 from indexshare.engine.sequence import Sequence
 
 
+MAX_DEFERRED = 16  # requests that may be passed over in one step, because what they need is being read
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one engine holds and what one step does.
@@ -113,12 +116,10 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
         else:
-            self._waiting[sequence.generation.tenant].remove(sequence)
+            self._leave_queue(sequence)
         tenant = sequence.generation.tenant
-        if not self._waiting.get(tenant):
-            self._waiting.pop(tenant, None)
-            if not any(other.generation.tenant == tenant for other in self.running):
-                del self._served[tenant]
+        if tenant not in self._waiting and not any(other.generation.tenant == tenant for other in self.running):
+            del self._served[tenant]
 
     def _decode(self, plan: Plan, num_drafts: int) -> None:
         for sequence in list(self.running):
@@ -153,17 +154,52 @@ class Scheduler:
                 plan.work.append(Work(sequence=sequence, num_tokens=count))
 
     def _admit(self) -> None:
-        while self._waiting and len(self.running) < self.limits.max_sequences:
-            tenant = min(self._waiting, key=lambda name: self._served[name])
-            sequence = self._waiting[tenant][0]
-            is_reusing = not sequence.generation.scores_prompt
-            match = self.pool.match(sequence.token_ids, sequence.generation.scope) if is_reusing else PrefixMatch()
+        deferred: set[Sequence] = set()
+        while (
+            len(self.running) < self.limits.max_sequences
+            and len(deferred) < MAX_DEFERRED
+            and (sequence := self._next(deferred)) is not None
+        ):
+            generation = sequence.generation
+            match = PrefixMatch()
+            if not generation.scores_prompt:
+                match = self.pool.match(sequence.token_ids, generation.scope, sequence.prompt_keys)
+                if self._is_being_read(sequence, len(match.pages)):
+                    deferred.add(sequence)
+                    continue
             if not self._fits(sequence, match):
                 return
-            self._waiting[tenant].popleft()
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
+            self._leave_queue(sequence)
             self._begin(sequence, match)
+
+    def _next(self, deferred: set[Sequence]) -> Sequence | None:
+        """The first one waiting of the tenant that has been served least."""
+        for tenant in sorted(self._waiting, key=lambda name: self._served[name]):
+            for sequence in self._waiting[tenant]:
+                if sequence not in deferred:
+                    return sequence
+        return None
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.generation.tenant]
+        queue.remove(sequence)
+        if not queue:
+            del self._waiting[sequence.generation.tenant]
+
+    def _is_being_read(self, sequence: Sequence, num_known: int) -> bool:
+        """Whether the next page after its `num_known` known ones is just being computed for a running sequence."""
+        if not self.running:
+            return False
+        end = (num_known + 1) * self.pool.page_size + 1
+        if len(sequence.token_ids) < end:
+            return False
+        return any(
+            other.num_unread > 1
+            and other.num_valid < end
+            and other.generation.scope == sequence.generation.scope
+            and other.token_ids[:end] == sequence.token_ids[:end]
+            for other in self.running
+        )
 
     def _fits(self, sequence: Sequence, match: PrefixMatch) -> bool:
         """Whether a whole prompt and a token more find pages, with one to spare for each sequence that runs."""

@@ -58,7 +58,8 @@ class Sequence:
     """A request that runs or waits. num_known <= num_computed < len(token_ids) whenever it may go on.
 
     token_ids: prompt and drawn tokens. num_computed: tokens in the cache. num_valid: of these, tokens whose rows are
-    complete, the MTP layer's too. pages: in order. parents: keys of the known pages among them, after the tenant's own.
+    complete, the MTP layer's too. pages: in order. keys: of the known pages among them, after that of the scope.
+    prompt_keys: of the pages of its tokens, as far as they were looked up.
     """
 
     generation: Generation
@@ -69,8 +70,8 @@ class Sequence:
     num_cached: int = 0
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    prompt_keys: list[bytes] = field(default_factory=list)
     num_preempted: int = 0
-    is_cancelled: bool = False
     state: Any = None  # the runner's
 
     @classmethod

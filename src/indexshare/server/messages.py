@@ -17,7 +17,6 @@ and every field that is not declared in messages_types.py.
 import base64
 import dataclasses
 import hashlib
-import re
 import uuid
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -44,9 +43,9 @@ from indexshare.server.messages_types import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from indexshare.server.system_prompt import without_header_lines
 from indexshare.server.types import ChatRequest, OutputFormat, Reply, Service, ToolChoice
 
-_HEADER_LINES = re.compile(r"(?:\s*x-anthropic-[a-z-]+:[^\n]*(?:\n|\Z))+\n*")
 _CUSTOM_ONLY = 'declare a tool of type "custom" with name, description and input_schema'
 
 
@@ -69,16 +68,6 @@ def routes(service: Service) -> list[Route]:
         Route("/v1/messages", create, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     ]
-
-
-def without_header_lines(system: str) -> str:
-    """`system` without the header lines (`x-anthropic-...: ...`) at its start.
-
-    Claude Code begins its system prompt with such a line, whose hash is another one in every request. It is meant for
-    a billing system, and left in the prompt it would make every prefix a new one. Lines further down stay.
-    """
-    header = _HEADER_LINES.match(system)
-    return system[header.end() :] if header else system
 
 
 def _chat_request(request: MessagesRequest, service: Service) -> ChatRequest:

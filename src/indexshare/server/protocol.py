@@ -193,19 +193,16 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> Server:
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """A socket that listens on host and port (0: any free one). Raises ConfigError when that is not possible."""
+    """A socket for `Server.serve(sockets=[...])`, on port 0 any free one. Raises ConfigError when that is not possible.
+
+    uvicorn would end the process instead when the port is in use.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=settings.max_connections)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=settings.max_connections)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot listen on {settings.host}:{settings.port} ({reason}); try another --port") from error
-
-
-def serve(app: ASGIApp, settings: ServerSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then drain. Raises ConfigError when the address is not free."""
-    with listen(settings) as listener:
-        host, port = listener.getsockname()[:2]
-        _logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        make_server(app, settings).run(sockets=[listener])
-    _logger.info("stopped")
+    host, port = listener.getsockname()[:2]
+    _logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    return listener

@@ -75,7 +75,7 @@ def check_exposure(host: str, keys: Mapping[str, str]) -> None:
     if not keys and not is_loopback(host):
         raise ConfigError(
             f"refusing to listen on {host!r} without API keys: anybody who reaches this machine could use the model. "
-            "Listen on 127.0.0.1, or give keys with --api-keys FILE"
+            "Listen on 127.0.0.1, or give keys with --api-key-file FILE"
         )
 
 
@@ -165,10 +165,10 @@ class CheckHostAndOrigin:
         arrived_at = (scope.get("server") or ("", None))[0]
         if is_loopback(name) or name.strip("[]") == arrived_at or name in self.hosts:
             return None
-        return ApiError(400, "this server does not answer to that host name; the operator can add it (--allowed-host)")
+        return ApiError(400, "this server does not answer to that host name; the operator can add it (--allow-host)")
 
     def _origin_error(self, scope: Scope) -> ApiError | None:
-        error = ApiError(403, "web pages of another origin may not use this server (--allowed-origin)")
+        error = ApiError(403, "web pages of another origin may not use this server (--allow-origin)")
         origins = header_values(scope, b"origin")
         if origins:
             own = scope["scheme"].encode() + b"://" + header_values(scope, b"host")[0]

@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import secrets
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from indexshare.chat.template import resolve_effort
 from indexshare.chat.types import Done, Error, Event, Message, Start, Usage
@@ -24,6 +26,7 @@ from indexshare.engine.sequence import Generation, Output
 from indexshare.errors import OverloadedError, RequestError
 from indexshare.server.http import ApiError
 from indexshare.server.reading import ReadingReport
+from indexshare.server.system_prompt import stable
 from indexshare.server.types import ChatRequest, CompletionRequest, OutputFormat, Piece
 
 T = TypeVar("T")
@@ -59,7 +62,8 @@ class EngineService:
         self._llm: LLM | None = None
         self._engine: Engine | None = None
         self._compiler: GuideCompiler | None = None
-        self._replies: dict[Generation, EngineReply] = {}
+        # Weak, so that a reply that nobody ever reads is cancelled like one that is not read to its end.
+        self._replies: WeakValueDictionary[Generation, EngineReply] = WeakValueDictionary()
         self._preparing = asyncio.Semaphore(MAX_PREPARING)
         self._num_preparing = 0
         self._not_ready: str | None = "the model is loading"
@@ -204,7 +208,7 @@ class EngineService:
         return chat_prompt(
             llm.tokenizer,
             llm.template,
-            request.messages,
+            stable(request.messages),
             tools=request.tools or None,
             reasoning_effort=effort,
             enable_thinking=thinking,
@@ -244,12 +248,9 @@ class EngineService:
         assert self._engine is not None and self._llm is not None
         decoder = ReplyDecoder(self._llm.tokenizer, None if prompt is None else prompt.parser, generation.params.stop)
         reply = EngineReply(service=self, generation=generation, decoder=decoder, report=report)
-        self._replies[generation] = reply
-        try:
-            self._engine.submit(generation)
-        except BaseException:
-            del self._replies[generation]
-            raise
+        self._engine.submit(generation)
+        self._replies[generation] = reply  # in time: outputs are dispatched by this thread
+        weakref.finalize(reply, self._engine.cancel, generation)
         return reply
 
     def forget(self, generation: Generation) -> None:

@@ -71,7 +71,7 @@ const WORDS = {
     place: "{number} of {total}",
     places: "Places: {total}",
     prompt_text: "The prompt as the model gets it",
-    legend_token: "Read by this share of the layer groups:",
+    legend_token: "Share of layer groups:",
     legend_whole: "Among the most read:",
     any: "any",
     percent: "{share} %",

@@ -202,6 +202,7 @@ export class ReadingPanel {
     const isWhole = this.#token === null;
     say(element("legend"), isWhole ? "legend_whole" : "legend_token");
     const swatches = document.querySelectorAll(".swatch");
+    element("legend").parentElement.style.visibility = isWhole || this.#group === null ? "" : "hidden"; // read or not
     (isWhole ? WHOLE_LEVELS : TOKEN_LEVELS).forEach((share, i) => say(swatches[i], i ? "percent" : "any", { share: 100 * share }));
   }
 
