@@ -2,6 +2,7 @@
 #
 #     make demo        the main job on the shipped model       make test        lint, types, levels, tests
 #     make nano        train the shipped model again           make test-slow   the slow tests; 1,000 examples of each property
+#     make test-e2e    real clients, a browser on the page     make soak        half an hour of mixed traffic on a server
 #     make lint        only the checks                         make bench-check did a kernel become slower?
 #     make clean       remove what these made                  make sanitize    kernel tests under sanitizers (gcc)
 #
@@ -25,10 +26,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 
-.PHONY: help demo test test-slow lint nano bench-check sanitize clean
+.PHONY: help demo test test-slow test-e2e lint nano bench-check sanitize clean
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
 
 demo: $(RUNTIME)
 	@$(BIN)/indexshare demo $(DEMO_ARGUMENTS)
@@ -36,6 +37,11 @@ demo: $(RUNTIME)
 test: lint
 	@echo "== tests"
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS)
+
+# Needs npm, and Debian's chromium (CHROMIUM= names another one); what is missing is skipped, with the reason.
+test-e2e: $(DEVELOPMENT)
+	@$(PIP) --editable ".[server,dev,oracle,e2e]"
+	@$(BIN)/pytest --quiet -m slow tests/e2e
 
 test-slow: $(DEVELOPMENT)
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) -m 'slow or hypothesis' --hypothesis-profile explore

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -168,12 +168,12 @@ class _ObservedReply:
     def prompt_tokens(self) -> Sequence[SampledToken]:
         return self.reply.prompt_tokens
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         record = current_record.get()
         previous = record.started if record is not None else time.perf_counter()
         num_tokens, histogram = 0, self.metrics.first_token_seconds
         try:
-            async with aclosing(cast(Any, self.reply.pieces())) as pieces:
+            async with aclosing(self.reply.pieces()) as pieces:
                 async for piece in pieces:
                     if piece.tokens:
                         now = time.perf_counter()

@@ -3,6 +3,7 @@
 Positions of tokens become half-open ranges of UTF-8 bytes, counted through the rendered prompt and on into the reply.
 """
 
+import codecs
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -34,6 +35,7 @@ class ReadingReport:
         self._prompt = b"".join(pieces)
         self._num_prompt = len(prompt_ids)
         self._messages = messages
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def header(self) -> dict[str, Any]:
         """Sent once: the prompt as the model reads it, where the messages are in it, and the groups of layers."""
@@ -52,7 +54,7 @@ class ReadingReport:
         index = len(self._starts) - 1 - self._num_prompt
         ranges = [self._ranges(selection.get(group["indexer"])) for group in self._groups]
         self._starts.append(self._starts[-1] + len(piece))
-        return {"index": index, "text": piece.decode("utf-8", "replace"), "ranges": ranges}
+        return {"index": index, "text": self._decoder.decode(piece), "ranges": ranges}
 
     def _ranges(self, positions: Sequence[int] | None) -> list[list[int]] | None:
         if positions is None:
