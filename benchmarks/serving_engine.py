@@ -17,13 +17,14 @@ from typing import Any
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """prompts: token ids; each gets max_tokens greedy tokens, num_at_once of them at a time. num_drafts: in every step,
-    whether it pays or not."""
+    whether it pays or not. reads_first: the prompts are in the cache before the time begins."""
 
     prompts: Sequence[Sequence[int]]
     max_tokens: int
     num_at_once: int
     num_drafts: int = 0
     cache_tokens: int = 0
+    reads_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,46 +67,64 @@ def run_jobs(model: str, jobs: Sequence[Job], threads: int) -> list[JobResult]:
     return [JobResult(**result) for result in json.loads(output)]
 
 
-def serve_job(llm: Any, job: Job) -> JobResult:
-    """One job on a loaded model, in this thread."""
-    from indexshare.engine.engine import Engine, EngineOptions
-    from indexshare.engine.sampler import SamplingParams
-    from indexshare.engine.sequence import Generation, Output
+class _Round:
+    """Requests on an engine, in this thread."""
 
-    begun: dict[Generation, float] = {}
-    ended: dict[Generation, float] = {}
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.begun: dict[Any, float] = {}
+        self.ended: dict[Any, float] = {}
+        self.decode_steps: list[float] = []
 
-    def deliver(outputs: Sequence[Output]) -> None:
+    def deliver(self, outputs: Sequence[Any]) -> None:
         for output in outputs:
             assert output.error is None, output.error
             if output.ended is not None:
-                ended[output.generation] = time.perf_counter()
+                self.ended[output.generation] = time.perf_counter()
+
+    def serve(self, generations: Sequence[Any], num_at_once: int) -> None:
+        left = list(reversed(generations))
+        while left or len(self.ended) < len(self.begun):
+            while left and len(self.begun) - len(self.ended) < num_at_once:
+                generation = left.pop()
+                self.begun[generation] = time.perf_counter()
+                self.engine.submit(generation)
+            num_ended, num_read = len(self.ended), self.engine.stats()["prompt_tokens"]
+            clock = time.perf_counter()
+            self.engine.step()
+            seconds, stats = time.perf_counter() - clock, self.engine.stats()
+            is_decode = stats["prompt_tokens"] == num_read and len(self.ended) == num_ended
+            if is_decode and stats["running"] == num_at_once:
+                self.decode_steps.append(seconds)
+
+
+def serve_job(llm: Any, job: Job) -> JobResult:
+    """One job on a loaded model."""
+    from indexshare.engine.engine import Engine, EngineOptions
+    from indexshare.engine.sampler import SamplingParams
+    from indexshare.engine.sequence import Generation
 
     options = EngineOptions(num_drafts=job.num_drafts, adapts_drafts=False, cache_tokens=job.cache_tokens)
-    engine = Engine(llm, options, deliver=deliver)
-    params = SamplingParams(max_new_tokens=job.max_tokens)
-    stop_ids = llm.stop_ids
-    left = [Generation(prompt_ids=tuple(ids), params=params, stop_ids=stop_ids) for ids in reversed(job.prompts)]
-    steps: list[float] = []
-    start = time.perf_counter()
-    while left or len(ended) < len(begun):
-        while left and len(begun) - len(ended) < job.num_at_once:
-            generation = left.pop()
-            begun[generation] = time.perf_counter()
-            engine.submit(generation)
-        num_ended, before, clock = len(ended), engine.stats(), time.perf_counter()
-        engine.step()
-        seconds, after = time.perf_counter() - clock, engine.stats()
-        is_decode = after["prompt_tokens"] == before["prompt_tokens"] and len(ended) == num_ended
-        if is_decode and after["running"] == job.num_at_once:
-            steps.append(seconds)
-    seconds, stats = time.perf_counter() - start, engine.stats()
+    rounds: list[_Round] = []
+    engine = Engine(llm, options, deliver=lambda outputs: rounds[-1].deliver(outputs))
+
+    def serve(max_tokens: int) -> None:
+        params = SamplingParams(max_new_tokens=max_tokens)
+        rounds.append(_Round(engine))
+        generations = [Generation(prompt_ids=tuple(ids), params=params, stop_ids=llm.stop_ids) for ids in job.prompts]
+        rounds[-1].serve(generations, job.num_at_once)
+
+    if job.reads_first:
+        serve(1)
+    before, begun = engine.stats(), time.perf_counter()
+    serve(job.max_tokens)
+    seconds, stats, last = time.perf_counter() - begun, engine.stats(), rounds[-1]
     engine.close()
     return JobResult(
         seconds=seconds,
-        num_tokens=int(stats["drawn_tokens"]),
-        request_seconds=median(ended[generation] - at for generation, at in begun.items()),
-        step_seconds=median(steps) if steps else 0.0,
+        num_tokens=int(stats["drawn_tokens"] - before["drawn_tokens"]),
+        request_seconds=median(last.ended[generation] - at for generation, at in last.begun.items()),
+        step_seconds=median(last.decode_steps) if last.decode_steps else 0.0,
         drafted=stats["drafted"],
         accepted=stats["accepted"],
     )
@@ -113,9 +132,7 @@ def serve_job(llm: Any, job: Job) -> JobResult:
 
 def main() -> None:
     import indexshare
-    from indexshare.engine.engine import EngineOptions
 
-    assert EngineOptions  # imported before anything is timed
     plan = json.loads(sys.stdin.buffer.read())
     llm = indexshare.load(plan["model"], threads=plan["threads"], device="cpu")
     serve_job(llm, Job(prompts=[list(range(300, 600))], max_tokens=8, num_at_once=1, cache_tokens=1024))  # wakes it

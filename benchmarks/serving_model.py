@@ -61,7 +61,9 @@ def _with_tokenizer(checkpoint: Path) -> Path:
     shutil.copy(checkpoint / "config.json", target)
     vocab_size = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     (target / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False})
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False}
+        )
     )
     (target / "tokenizer.json").write_text(json.dumps(tokenizer_spec(vocab_size)))  # last: it says that all is there
     return target

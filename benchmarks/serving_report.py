@@ -1,7 +1,7 @@
 """What a run of serving.py found: tables, a file with every repeat, a picture."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,13 +58,13 @@ class Run:
     notes: list[str] = field(default_factory=list)
     begun: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def add(self, part: str, name: str, num_clients: int, **figures: float) -> None:
-        """One repeat of a case. Figures are named as keywords: tokens_s, ttft_p50_ms, ..."""
+    def add(self, part: str, name: str, num_clients: int, figures: Mapping[str, float]) -> None:
+        """One repeat of a case. The name of a figure has its unit: "tokens/s", "TTFT p50 ms"."""
         case = self.find(part, name, num_clients)
         if case is None:
             self.cases.append(case := Case(part=part, name=name, num_clients=num_clients))
         for figure, value in figures.items():
-            case.figures.setdefault(figure_name(figure), []).append(value)
+            case.figures.setdefault(figure, []).append(value)
 
     def find(self, part: str, name: str, num_clients: int) -> Case | None:
         wanted = (part, name, num_clients)
@@ -84,22 +84,16 @@ class Run:
             self.notes.append(text)
 
 
-def figure_name(keyword: str) -> str:
-    """The name of a figure in tables and files: "ttft_p50_ms" is "TTFT p50 ms", "tokens_s" is "tokens/s"."""
-    words = keyword.replace("tokens_s", "tokens/s").replace("_percent", " %").replace("_", " ")
-    return words.replace("ttft", "TTFT").replace("itl", "ITL").replace("http", "HTTP")
-
-
 def percentile(values: Sequence[float], percent: float) -> float:
     """Interpolated; NaN without values."""
     return float(np.percentile(values, percent)) if values else float("nan")
 
 
 def latencies(first_seconds: Sequence[float], gaps: Sequence[float]) -> dict[str, float]:
-    """Time to first token and between arrivals, in ms, as keywords of `Run.add`."""
+    """Time to first token and between arrivals, in ms, as figures of `Run.add`."""
     return {
-        f"{name}_p{percent}_ms": MILLISECONDS * percentile(values, percent)
-        for name, values in (("ttft", first_seconds), ("itl", gaps))
+        f"{name} p{percent} ms": MILLISECONDS * percentile(values, percent)
+        for name, values in (("TTFT", first_seconds), ("ITL", gaps))
         for percent in (50, 95)
     }
 
@@ -212,6 +206,8 @@ def plot(run: Run, path: Path) -> None:
         axes.set_title(name)
         axes.set_xlabel("clients")
     panels[0].legend(fontsize=8)
-    figure.suptitle(f"{run.model} on {run.machine['processor']}, {run.machine['threads']}; {run.begun[:10]}", fontsize=9)
+    figure.suptitle(
+        f"{run.model} on {run.machine['processor']}, {run.machine['threads']}; {run.begun[:10]}", fontsize=9
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

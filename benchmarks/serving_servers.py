@@ -143,7 +143,15 @@ def our_server(
 
 
 def llama_server(
-    program: Path, gguf: Path, log: Path, *, name: str, threads: int, slots: int, slot_tokens: int, flash_attention: bool
+    program: Path,
+    gguf: Path,
+    log: Path,
+    *,
+    name: str,
+    threads: int,
+    slots: int,
+    slot_tokens: int,
+    flash_attention: bool,
 ) -> Server:
     """llama.cpp's server with as many slots as there are clients, batches of our size, and nothing cached for later."""
     port = free_port()
@@ -158,6 +166,4 @@ def llama_server(
 
 def parse_metrics(text: str) -> dict[str, float]:
     """Prometheus' text format: "name" or "name{labels}" to value."""
-    return {
-        name + (f"{{{labels}}}" if labels else ""): float(value) for name, labels, value in SAMPLE.findall(text)
-    }
+    return {name + (f"{{{labels}}}" if labels else ""): float(value) for name, labels, value in SAMPLE.findall(text)}

@@ -5,7 +5,7 @@ The docstring under a field is its text in `--help`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,16 +220,15 @@ class ServeOptions:
     name: str | None = None
     """What clients call the model; by default the last part of MODEL."""
     cache_tokens: int = 0
-    """Tokens that the cache holds, for running requests and prefixes; by default one full length or 4 GiB, but at most
-    half of the free memory."""
+    """Tokens in the cache, running and kept; 0 is one full length or 4 GiB, but at most half of the free memory."""
     max_sequences: int = 64
     """Requests that run at once; more wait."""
     max_waiting: int = 256
     """Requests that may wait; more are refused with 429."""
     step_tokens: int = 512
     """Prompt tokens that are read in one step."""
-    draft: int = 3
-    """Tokens that the MTP layer guesses ahead at most, fewer where that does not pay; 0 for none."""
+    draft: int | None = None
+    """Tokens that the MTP layer guesses ahead at most, fewer where that does not pay; by default 3 if there is one."""
     share_prefixes: Annotated[bool, Parameter(negative="")] = False
     """Let all API keys share cached prefixes; a client can then find out by timing what others have asked."""
     prefix_store: Path | None = None
@@ -281,7 +280,7 @@ class ServeOptions:
 
 
 @contextmanager
-def requires(extra: str) -> Iterator[None]:
+def requires(extra: str) -> Generator[None]:
     """Imports of an extra's packages: a missing one becomes a ConfigError that names what to install."""
     try:
         yield

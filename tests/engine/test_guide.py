@@ -349,11 +349,11 @@ def test_constrain() -> None:
     ],
 )
 def test_what_cannot_be_used(method: str, argument: Any, message: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(RequestError, match=message) as caught:
         getattr(COMPILER, method)(argument)
     assert len(str(caught.value)) < 400 and "<state>" not in str(caught.value)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -387,15 +387,15 @@ def test_hostile_input_is_refused_or_costs_little(method: str, argument: Any) ->
     """It may compile, it may fail at once or on the way; only ever with RequestError, and soon."""
     chance, slowest = random.Random(0), 0.0
     try:
-        started = time.perf_counter()
+        started = time.thread_time()
         guide = getattr(COMPILER, method)(argument).guide(STOPS)
-        slowest = time.perf_counter() - started
+        slowest = time.thread_time() - started
         for _ in range(20):
-            started = time.perf_counter()
+            started = time.thread_time()
             plain = [token_id for token_id in ids_of(guide.allowed()) if token_id not in CONTROL]
             if plain:
                 guide.accept(chance.choice(plain))
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.thread_time() - started)
     except RequestError:
         pass
     assert slowest < 2

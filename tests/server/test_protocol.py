@@ -279,6 +279,13 @@ def test_client_that_leaves_in_silence_closes_the_iterator(live: Live, streams: 
     assert streams.closed.acquire(timeout=5)
 
 
+def test_a_half_closed_socket_counts_as_gone(live: Live, streams: Streams) -> None:
+    with live.connect(head("/silent", "POST", content_length="0")) as connection:
+        read_until(connection, b"first")
+        connection.shutdown(socket.SHUT_WR)
+        assert streams.closed.acquire(timeout=5)
+
+
 def test_a_hundred_clients_that_leave_leave_nothing_behind(live: Live, streams: Streams) -> None:
     connections = [live.connect(head("/silent", "POST", content_length="0")) for _ in range(100)]
     for connection in connections:

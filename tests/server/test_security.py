@@ -205,6 +205,11 @@ def test_web_pages_of_other_origins_are_refused(headers: Any, status: int) -> No
     assert ask(headers=headers, allowed_origins=["https://app.example"]).status_code == status
 
 
+def test_behind_tls_the_own_origin_is_https() -> None:
+    assert ask(headers={"origin": "https://127.0.0.1"}, base_url="https://127.0.0.1").status_code == 200
+    assert ask(headers={"origin": "http://127.0.0.1"}, base_url="https://127.0.0.1").status_code == 403
+
+
 def test_a_link_may_open_the_page_but_not_the_api() -> None:
     followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert ask("/", headers=followed).status_code == 200

@@ -25,9 +25,12 @@ from indexshare.engine.llm import LLM
 from indexshare.engine.pages import page_key, root_key
 from indexshare.engine.prefix_store import PrefixStore
 from indexshare.engine.runner import Result, Runner
+from indexshare.engine.sampler import check_integer
 from indexshare.engine.scheduler import Limits, Plan, Scheduler
 from indexshare.engine.sequence import Ended, Generation, Output, Sequence
+from indexshare.engine.speculative import DEFAULT_NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS
 from indexshare.errors import IndexShareError, MemoryLimitError, OverloadedError, RequestError
+from indexshare.model.config import GlmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,15 @@ DEFAULT_CACHE_BYTES = 4 * 2**30
 class EngineOptions:
     """cache_tokens: tokens that the cache holds; 0: one full length or 4 GiB, but at most half of the free memory.
 
-    num_drafts: how many tokens the MTP layer guesses at most, 0 for none. adapts_drafts: fewer when more do not pay.
+    num_drafts: how many tokens the MTP layer guesses at most, 0 for none, None: 3 if the model has one. adapts_drafts:
+    fewer when more do not pay.
     step_seconds: how long a step should take at most while somebody waits for the next token behind a prompt.
     prefix_store: a directory for prefixes that outlive the process, of at most prefix_store_bytes.
     """
 
     limits: Limits = field(default_factory=Limits)
     cache_tokens: int = 0
-    num_drafts: int = 0
+    num_drafts: int | None = 0
     adapts_drafts: bool = True
     step_seconds: float = 0.25
     page_size: int = DEFAULT_PAGE_SIZE
@@ -62,9 +66,9 @@ class Engine:
     ) -> None:
         options = options or EngineOptions()
         config = llm.config
-        if options.num_drafts > 0 and config.num_nextn_predict_layers == 0:
-            raise RequestError("this model has no MTP layer to draft with: serve it without drafts (--draft 0)")
-        with_mtp = options.num_drafts > 0
+        num_drafts = _num_drafts(options.num_drafts, config)
+        with_mtp = num_drafts > 0
+        check_integer("cache_tokens", options.cache_tokens, 0, 2**40)
         num_tokens = options.cache_tokens or _affordable_tokens(llm, with_mtp)
         self.options = options
         self.num_pages = num_pages_for(num_tokens, options.page_size)
@@ -92,7 +96,7 @@ class Engine:
         self.context_length = min(self.num_pages * options.page_size, config.max_position_embeddings)
         self._runner = Runner(llm.model, cache, with_mtp=with_mtp)
         self._scheduler = Scheduler(self.pool, options.limits, copy_rows=cache.copy_rows)
-        self._draft_length = DraftLength(options.num_drafts, is_fixed=not options.adapts_drafts)
+        self._draft_length = DraftLength(num_drafts, is_fixed=not options.adapts_drafts)
         self._store: PrefixStore | None = None
         if options.prefix_store is not None:
             fingerprint = _fingerprint(llm, options.page_size, with_mtp)
@@ -109,8 +113,8 @@ class Engine:
         self._totals: dict[str, float] = dict.fromkeys(
             ("steps", "prompt_tokens", "cached_tokens", "drawn_tokens", "requests", "step_seconds"), 0.0
         )
-        self._drafted = [0] * options.num_drafts
-        self._accepted = [0] * options.num_drafts
+        self._drafted = [0] * num_drafts
+        self._accepted = [0] * num_drafts
 
     def submit(self, generation: Generation) -> None:
         """Ask for a request to be served; its outputs are delivered. Any thread may call this.
@@ -333,6 +337,16 @@ class Engine:
             len(sequence.token_ids) + sequence.generation.params.max_new_tokens for sequence in self._scheduler.waiting
         )
         return min(60.0, max(1.0, waiting / 2 / self._rate if self._rate else 1.0))
+
+
+def _num_drafts(wanted: int | None, config: GlmConfig) -> int:
+    has_mtp = config.num_nextn_predict_layers > 0
+    if wanted is None:
+        return DEFAULT_NUM_DRAFT_TOKENS if has_mtp else 0
+    check_integer("draft", wanted, 0, MAX_DRAFT_TOKENS)
+    if wanted > 0 and not has_mtp:
+        raise RequestError("this model has no MTP layer to draft with: serve it without drafts (--draft 0)")
+    return wanted
 
 
 def _affordable_tokens(llm: LLM, with_mtp: bool) -> int:

@@ -38,7 +38,10 @@ MAX_ENUM = 10_000  # values
 MAX_MULTIPLE = 100_000
 _MAX_TOOLS_GRAMMAR_BYTES = 2 * 1024 * 1024
 _MAX_CACHED = 8
-_LIMITS = LLParserLimits(max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False)
+# Fuel for the first lexer also bounds the expressions made while masking: a hostile step takes 60 ms, not 800.
+_LIMITS = LLParserLimits(
+    max_items_in_row=10_000, initial_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ in a constrained answer. What a grammar asks for in plain text can therefore hol
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +60,9 @@ class Vocabulary:
         self.argument_value = tokenizer.control_ids.get("<arg_value>")
         # Tokens that open roles or end the text. The request's stop tokens, which are among them, come only at the end.
         self.hidden_ids = tokenizer.hidden_ids.union(tokenizer.stop_ids)
+        # Every tag ends with ">"; few tokens of a vocabulary hold one.
+        texts = ((token_id, tokenizer.token_bytes(token_id)) for token_id in range(min(size, tokenizer.vocab_size)))
+        self._with_angle = [(i, text) for i, text in texts if b">" in text and i not in self.control_ids]
         self.finishing = cache(self._finishing)
 
     def mask(self, *, without: Collection[int] = ()) -> Tensor:
@@ -78,18 +81,8 @@ class Vocabulary:
     def _finishing(self, tag: str, num_written: int) -> Tensor:
         """Ids of the plain tokens that finish spelling `tag` when its first `num_written` bytes stand there already."""
         name = tag.encode()
-        ids = [
-            token_id
-            for token_id, text in self._tokens_with_angle
-            if text.startswith(name[num_written:]) or name in text
-        ]
+        ids = [token_id for token_id, text in self._with_angle if text.startswith(name[num_written:]) or name in text]
         return torch.tensor(ids, dtype=torch.int64)
-
-    @cached_property
-    def _tokens_with_angle(self) -> list[tuple[int, bytes]]:
-        # Every tag ends with ">"; few tokens of a vocabulary hold one.
-        texts = ((i, self.tokenizer.token_bytes(i)) for i in range(min(self.size, self.tokenizer.vocab_size)))
-        return [(i, text) for i, text in texts if b">" in text and i not in self.control_ids]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

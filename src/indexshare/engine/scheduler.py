@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from indexshare.engine.pages import PagePool, PrefixMatch
+from indexshare.engine.sampler import check_integer
 from indexshare.engine.sequence import Sequence
-
 
 MAX_DEFERRED = 16  # requests that may be passed over in one step, because what they need is being read
 
@@ -22,11 +22,17 @@ class Limits:
     """What one engine holds and what one step does.
 
     max_sequences: running at once. max_waiting: requests that wait. max_step_tokens: tokens that a step reads at most.
+    Raises RequestError when one is out of range.
     """
 
     max_sequences: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        check_integer("max_sequences", self.max_sequences, 1, 4096)
+        check_integer("max_waiting", self.max_waiting, 1, 1_000_000)
+        check_integer("step_tokens", self.max_step_tokens, 1, 65_536)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

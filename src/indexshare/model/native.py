@@ -92,8 +92,8 @@ class Model(ctypes.Structure):
 class PackedLayers:
     """A stack as the kernels read it. model: `struct Model`. owned: everything that it points to.
 
-    seconds: what the calls have spent on the operations TIMED. expert_tokens: int64 [experts] by layer, tokens that each
-    expert has computed so far.
+    seconds: what the calls have spent on the operations TIMED. expert_tokens: int64 [experts] by layer, tokens that
+    each expert has computed so far.
     """
 
     operators: Any
