@@ -51,9 +51,9 @@ class ScriptedService:
         self.replies.append(reply)
         return reply
 
-    async def count_tokens(self, request: ChatRequest) -> int:
+    async def encode_chat(self, request: ChatRequest) -> list[int]:
         self.seen.append(request)
-        return 42
+        return list(range(42))
 
     async def tokenize(self, text: str) -> list[int]:
         return list(text.encode())

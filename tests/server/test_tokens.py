@@ -48,7 +48,7 @@ def test_tokens_of_a_conversation_are_counted() -> None:
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert post("/tokenize", body, service).json() == {"count": 42, "tokens": None, "max_model_len": 1000}
+    assert post("/tokenize", body, service).json() == {"count": 42, "tokens": [*range(42)], "max_model_len": 1000}
     (request,) = service.seen
     assert isinstance(request, ChatRequest) and request.enable_thinking is False
     assert request.messages == [{"role": "system", "content": "hi"}]

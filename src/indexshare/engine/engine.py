@@ -155,9 +155,8 @@ class Engine:
             outputs += self._run(plan)
         if outputs:
             self._deliver(outputs)
-        if not self._sequences:
-            self.pool.check_conservation()
-            assert self.pool.num_live == 0, "pages are live although nothing runs"
+        self.pool.check_counts()
+        assert self._sequences or self.pool.num_live == 0, "pages are live although nothing runs"
         return bool(plan.work or outputs)
 
     def start(self) -> None:
@@ -181,6 +180,7 @@ class Engine:
         else:
             while self.step():
                 pass
+        self.pool.check_conservation()
         if self._store is not None:
             self._store.close()
             self._store = None

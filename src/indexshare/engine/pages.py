@@ -169,11 +169,15 @@ class PagePool:
             for cached in list(self._idle.get(name, {}).values()):
                 self._evict(cached)
 
+    def check_counts(self) -> None:
+        """Assert that free + live + cached = all; cheap enough for every step."""
+        assert self.num_free + self.num_live + self.num_cached == self.num_pages, "pages were lost"
+
     def check_conservation(self) -> None:
-        """Assert that every page is free, live or cached, and only one of these."""
+        """Assert that every page is free, live or cached, and only one of these; looks at every page."""
         idle = [cached.page for pages in self._idle.values() for cached in pages.values()]
         kinds = [*self._free, *self._num_users, *idle]
-        assert len(kinds) == self.num_pages, "pages were lost"
+        self.check_counts()
         assert set(kinds) == set(range(self.num_pages)), "a page is counted twice"
         assert all(users > 0 for users in self._num_users.values()), "a live page has no user"
         assert {cached.page for cached in self._known.values()} == set(self._known_at), "a known page has no entry"

@@ -62,7 +62,7 @@ def routes(service: Service) -> list[Route]:
     @documented(summary="Tokens of the prompt", body=CountTokensRequest)
     async def count_tokens(http: Request) -> Response:
         chat = _prompt_request(await read_json(http, CountTokensRequest), service)
-        return json_response({"input_tokens": await service.count_tokens(chat)})
+        return json_response({"input_tokens": len(await service.encode_chat(chat))})
 
     return [
         Route("/v1/messages", create, methods=["POST"]),

@@ -158,11 +158,10 @@ class EngineService:
         )
         return self._submit(generation, None, [])
 
-    async def count_tokens(self, request: ChatRequest) -> int:
-        """Tokens of the prompt that `chat` would read."""
+    async def encode_chat(self, request: ChatRequest) -> list[int]:
+        """The prompt that `chat` would read."""
         llm, _ = self._ready()
-        prompt = await self._prepare(lambda: self._render(llm, request))
-        return len(prompt.token_ids)
+        return (await self._prepare(lambda: self._render(llm, request))).token_ids
 
     async def tokenize(self, text: str) -> list[int]:
         """Token ids; control tokens written in the text are plain text."""

@@ -44,10 +44,10 @@ class TokenizeBody(Strict):
 
 
 class TokenCount(msgspec.Struct):
-    """tokens: their ids; null for a conversation, of which only the number is told."""
+    """Token ids and their number."""
 
     count: int
-    tokens: list[int] | None
+    tokens: list[int]
     max_model_len: int
 
 
@@ -85,7 +85,9 @@ def routes(service: Service) -> list[Route]:
         return json_response(describe(name))
 
     @documented(
-        summary="Token ids of a text, or the number of those of a conversation", body=TokenizeBody, response=TokenCount
+        summary="Token ids of a text, or of a conversation as the model reads it",
+        body=TokenizeBody,
+        response=TokenCount,
     )
     async def tokenize(request: Request) -> Response:
         body = await read_json(request, TokenizeBody)
@@ -94,10 +96,10 @@ def routes(service: Service) -> list[Route]:
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if body.messages is None:
             token_ids = await service.tokenize(body.prompt or "")
-            return json_response(TokenCount(len(token_ids), token_ids, service.context_length))
-        chat = ChatBody(messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs)
-        count = await service.count_tokens(chat_requests(chat)[0])
-        return json_response(TokenCount(count, None, service.context_length))
+        else:
+            chat = ChatBody(messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs)
+            token_ids = await service.encode_chat(chat_requests(chat)[0])
+        return json_response(TokenCount(len(token_ids), token_ids, service.context_length))
 
     @documented(summary="The text of token ids", body=DetokenizeBody, response=Prompt)
     async def detokenize(request: Request) -> Response:

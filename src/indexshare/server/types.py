@@ -115,7 +115,9 @@ class Service(Protocol):
 
     async def complete(self, request: CompletionRequest, *, tenant: str) -> Reply: ...
 
-    async def count_tokens(self, request: ChatRequest) -> int: ...
+    async def encode_chat(self, request: ChatRequest) -> list[int]:
+        """The prompt that `chat` would read."""
+        ...
 
     async def tokenize(self, text: str) -> list[int]:
         """Control tokens written in the text are plain text."""
