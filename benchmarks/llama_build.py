@@ -139,6 +139,7 @@ def _convert(source: str, checkpoint: str, target: str, output_type: str) -> Non
     if (Path(checkpoint) / "tokenizer.json").is_file():
         # Its table knows tokenizers by what they make of a text. Only ids are sent, so that any answer will do.
         GlmMoeDsaModel.get_vocab_base_pre = lambda self, tokenizer: "glm4"
+        GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_gpt2  # the family's own wants its control tokens
     else:
         GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
     sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", target, "--outtype", output_type]

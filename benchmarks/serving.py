@@ -3,9 +3,10 @@
     python benchmarks/serving.py --model mid --json serving.json --plot serving.png
     python benchmarks/serving.py --model nano --parts load,drafts --quick
 
-Each server is a process on 127.0.0.1, the clients are another one (serving_client.py); all figures are medians of repeats that take
-turns, while the machine is quiet (quiet.py). A server that is not measured stands still. Prompts are random token ids except for
-drafts. ITL is the time between two arrivals of text at a client, so that tokens that come together count once.
+Each server is a process on 127.0.0.1, the clients are another one (serving_client.py); all figures are medians of
+repeats that take turns, while the machine is quiet (quiet.py). A server that is not measured stands still. Prompts are
+random token ids except for drafts. ITL is the time between two arrivals of text at a client, so that tokens that come
+together count once.
 
 Parts: load     short prompts at 1 to 64 clients, all different and all the same
        long     time to first token of 32K tokens, read and found in the cache

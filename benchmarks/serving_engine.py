@@ -1,6 +1,6 @@
 """The engine without HTTP: what the server's overhead is measured against, and what drafts are worth by position.
 
-`run_jobs(model, jobs)` starts a process of its own, which loads the model and serves each job with an engine of its own.
+`run_jobs(model, jobs, threads)` starts a process, which loads the model and serves each job with an engine of its own.
 """
 
 import json

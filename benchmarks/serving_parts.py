@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 from serving_bench import Bench, Step, body
@@ -34,17 +35,14 @@ def load(bench: Bench) -> list[Step]:
     sizes = bench.sizes
 
     def measure(num_clients: int, is_warm: bool) -> None:
-        server, per_client = bench.server(), _per_client(num_clients)
-        shared = bench.prompt(sizes.short_prompt)
+        server, shared = bench.server(), bench.prompt(sizes.short_prompt)
+
+        def one() -> dict[str, Any]:
+            return body(shared if is_warm else bench.prompt(sizes.short_prompt), sizes.short_reply)
+
         if is_warm:
-            bench.drive(server, [[body(shared, 1)]])
-        clients = [
-            [
-                body(shared if is_warm else bench.prompt(sizes.short_prompt), sizes.short_reply)
-                for _ in range(per_client)
-            ]
-            for _ in range(num_clients)
-        ]
+            bench.drive(server, [[one()]])
+        clients = [[one() for _ in range(_per_client(num_clients))] for _ in range(num_clients)]
         found, about = bench.drive(server, clients)
         figures = {"tokens/s": found.num_tokens / found.seconds} | latencies(found.first_seconds, found.gaps)
         bench.run.add("load", "the same prompt" if is_warm else "different prompts", num_clients, figures | about)
@@ -91,16 +89,16 @@ def beside(bench: Bench) -> list[Step]:
     sizes = bench.sizes
 
     def measure() -> None:
-        clients = [
-            [body(bench.prompt(sizes.short_prompt), BESIDE_REPLY) for _ in range(8)] for _ in range(sizes.num_beside)
-        ]
+        own = [body(bench.prompt(sizes.short_prompt), BESIDE_REPLY) for _ in range(8 * sizes.num_beside)]
+        clients = [own[client :: sizes.num_beside] for client in range(sizes.num_beside)]
         intruder = body(bench.prompt(sizes.long_prompt), 1)
         found, about = bench.drive(bench.server(), clients, intruder=intruder, num_before=BESIDE_ARRIVALS)
         assert found.intruder is not None
         sent, answered = found.intruder.begun, found.intruder.begun + found.intruder.first_seconds
         for name, start, end in (("before", 0.0, sent), ("during", sent, answered)):
             gaps = gaps_between(found.answers, start, end)
-            figures = {f"ITL p{percent} ms": MILLISECONDS * percentile(gaps, percent) for percent in (50, 95, 100)}
+            figures = {f"ITL p{percent} ms": MILLISECONDS * percentile(gaps, percent) for percent in (50, 95)}
+            figures["ITL max ms"] = MILLISECONDS * max(gaps, default=float("nan"))
             bench.run.add("beside", name, sizes.num_beside, figures | (about if name == "during" else {}))
         figures = {"TTFT p50 ms": MILLISECONDS * found.intruder.first_seconds}
         bench.run.add("beside", f"the prompt of {sizes.long_prompt:,} tokens", 1, figures)

@@ -252,6 +252,28 @@ def test_when_the_client_goes_the_chunks_are_closed_and_that_awaited() -> None:
     asyncio.run(run())
 
 
+def test_also_when_it_goes_while_a_chunk_is_being_sent() -> None:
+    """Then the chunks wait at their `yield`, where no cancellation reaches them."""
+
+    async def run() -> None:
+        chunks, gone, never = Chunks(b"data: 1\n\n"), asyncio.Event(), asyncio.Event()
+        chunks.go.set()
+
+        async def receive() -> Message:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                gone.set()
+                await never.wait()
+
+        await event_stream(chunks())({"type": "http"}, receive, send)
+        assert chunks.closed.is_set()
+
+    asyncio.run(run())
+
+
 def test_a_failure_closes_the_chunks_and_does_not_end_the_reply() -> None:
     async def run() -> None:
         chunks, sent = Chunks(b"data: 1\n\n", error=LookupError("x")), []

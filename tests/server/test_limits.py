@@ -184,6 +184,28 @@ def test_a_cancellation_from_outside_is_passed_on() -> None:
         asyncio.run(run())
 
 
+def test_so_is_one_while_the_handler_of_a_client_that_left_cleans_up() -> None:
+    async def run() -> None:
+        cleaning = asyncio.Event()
+
+        async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await receive()
+                await asyncio.Event().wait()
+            finally:
+                cleaning.set()
+                await asyncio.Event().wait()
+
+        messages = [part(b"", more=False), GONE]
+        task = asyncio.ensure_future(LimitRequests(handler, BodyLimits())(scope_of({}), receiver(messages), no_send))
+        await cleaning.wait()
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(run())
+
+
 def test_an_error_of_the_handler_is_passed_on() -> None:
     async def work(receive: Receive) -> None:
         raise LookupError("x")

@@ -80,7 +80,7 @@ def streams() -> Streams:
 
 @pytest.fixture(scope="module")
 def live(streams: Streams) -> Iterator[Live]:
-    limits = BodyLimits(max_body_bytes=100_000, body_seconds=0.3)
+    limits = BodyLimits(max_body_bytes=1_000_000, body_seconds=0.3)
     with live_server(
         streams.routes(), head_seconds=0.3, write_seconds=0.3, idle_seconds=1, drain_seconds=1, body=limits
     ) as running:
@@ -238,8 +238,8 @@ def send_until_closed(connection: socket.socket, data: bytes) -> None:
 
 
 def test_body_at_the_cap_is_read(live: Live) -> None:
-    answer = live.ask(head("/size", "POST", content_length="100000") + b"x" * 100_000)
-    assert answer.endswith(b'{"bytes":100000}')
+    answer = live.ask(head("/size", "POST", content_length="1000000") + b"x" * 1_000_000)
+    assert answer.endswith(b'{"bytes":1000000}')
 
 
 def test_body_that_does_not_come_gets_408(live: Live) -> None:
@@ -259,14 +259,29 @@ def test_trailers_do_not_become_headers(live: Live) -> None:
 
 
 def test_small_chunks_are_no_attack(live: Live) -> None:
-    body = (b"40\r\n" + b"x" * 64 + b"\r\n") * 1500 + b"0\r\n\r\n"
-    assert live.ask(head("/size", "POST", transfer_encoding="chunked") + body).endswith(b'{"bytes":96000}')
+    body = (b"40\r\n" + b"x" * 64 + b"\r\n") * 15_000 + b"0\r\n\r\n"
+    assert live.ask(head("/size", "POST", transfer_encoding="chunked") + body).endswith(b'{"bytes":960000}')
 
 
 def test_answered_before_the_body_was_read_the_connection_ends(live: Live) -> None:
-    """Else a client without a key could send for ever after its 401."""
+    """Else a client without a key could send for ever after its 401, a byte now and then."""
+    ended = threading.Event()
+
+    def trickle() -> None:
+        while not ended.wait(0.05):
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                return
+
     with live.connect(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n") as connection:
-        assert status(read_all(connection)) == 404
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        try:
+            assert status(read_all(connection)) == 404
+        finally:
+            ended.set()
+            sender.join()
 
 
 @pytest.mark.parametrize("path", ["/silent", "/stuck"])

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 
 from indexshare.engine.engine import EngineOptions
 from indexshare.engine.llm import LLM
-from indexshare.errors import IndexShareError
 from indexshare.server.app import ServerSettings, create_app
 from indexshare.server.metrics import Metrics
-from indexshare.server.protocol import make_server
+from indexshare.server.protocol import listen, make_server
 from indexshare.server.service import EngineService
 
 logger = logging.getLogger("indexshare.server")
@@ -23,32 +23,39 @@ def serve_model(
     model_names: tuple[str, ...],
     shares_prefixes: bool = False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let running replies finish. `load` runs while the server already answers
-    /health. Raises what loading raises."""
+    """Serve until SIGINT or SIGTERM, then let running replies finish.
+
+    `load` runs while the server already answers /health. Raises what loading raises, and ConfigError when the port
+    cannot be used.
+    """
     service = EngineService(load, options, model_names=model_names, shares_prefixes=shares_prefixes)
-    asyncio.run(_serve(service, options, settings))
+    asyncio.run(_serve(service, settings))
 
 
-async def _serve(service: EngineService, options: EngineOptions, settings: ServerSettings) -> None:
+async def _serve(service: EngineService, settings: ServerSettings) -> None:
     metrics = Metrics(service.stats)
     app = create_app(service, settings, metrics=metrics, readiness=lambda: service.not_ready)
     server = make_server(app, settings)
-    serving = asyncio.create_task(server.serve())
-    failure: BaseException | None = None
-    try:
-        logger.info("loading %s", service.model_names[0])
-        await service.start()
-        logger.info(
-            "ready: http://%s:%d, %s, %s tokens of cache",
-            settings.host,
-            settings.port,
-            service.model_names[0],
-            f"{service.stats()['pages'] * options.page_size:,}",
-        )
-    except (IndexShareError, OSError, MemoryError) as error:
-        failure = error
-        server.should_exit = True
-    await serving
-    await service.close(drain_seconds=0.0 if server.force_exit else 1.0)
-    if failure is not None:
+    with listen(settings) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        starting = asyncio.create_task(_start(service))
+        await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and starting.exception() is not None:
+            server.should_exit = True
+        await serving
+    if not starting.done():
+        # A signal while the model is loaded, which nothing can interrupt: what it holds ends with the process.
+        logger.info("ended while the model was loading")
+        logging.shutdown()
+        os._exit(0)
+    await service.close(drain_seconds=0.0)
+    if (failure := starting.exception()) is not None:
         raise failure
+
+
+async def _start(service: EngineService) -> None:
+    logger.info("loading %s", service.model_names[0])
+    await service.start()
+    stats = service.stats()
+    logger.info("ready: %s, %s tokens of context", service.model_names[0], f"{service.context_length:,}")
+    logger.info("cache: %s pages, %s bytes at most", f"{stats['pages']:,}", f"{stats['cache_bytes']:,}")

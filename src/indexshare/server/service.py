@@ -82,7 +82,8 @@ class EngineService:
         llm.tokenizer.stop_ids  # noqa: B018  # a model that can be served has a tokenizer
         self._llm = llm
         self._engine = engine = await asyncio.to_thread(Engine, llm, self._options, deliver=self._deliver)
-        self._compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
+        self._compiler = compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
+        await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
         self.context_length = engine.context_length
         engine.start()
         self._not_ready = "the first token is being generated"
