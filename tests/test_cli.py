@@ -17,7 +17,21 @@ from indexshare.errors import CheckpointError, RequestError
 from indexshare.kernels import ops, registry
 from indexshare.model.recipes import tiny
 
-COMMANDS = {"chat", "demo", "doctor", "eval", "generate", "inspect", "kernels", "plan", "quantize", "score", "train"}
+COMMANDS = {
+    "chat",
+    "demo",
+    "doctor",
+    "eval",
+    "generate",
+    "inspect",
+    "kernels",
+    "plan",
+    "purge",
+    "quantize",
+    "serve",
+    "score",
+    "train",
+}
 
 EXACT = ("--dtype", "float32", "--threads", "1")
 

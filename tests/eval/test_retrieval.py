@@ -85,7 +85,7 @@ def test_selected_positions_are_those_of_the_trace(llm: LLM, library: Library, d
     expected = _selected_by_one_layer(llm, token_ids)
     with llm.open_session(512, page_size=4) as session:
         session.prefill(token_ids[:100])
-        session._cache._free.reverse()  # the next pages come from the other end of the pool
+        session._cache.pages._free.reverse()  # the next pages come from the other end of the pool
         session.prefill(token_ids[100:150])
         found = session.selected_positions(token_ids[150:])
         assert session.context_length == 150

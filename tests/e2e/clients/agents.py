@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ AGENT_SECONDS = 110.0
 CODEX_CONFIG = """
 model = "nano"
 model_provider = "indexshare"
+sandbox_mode = "read-only"
+approval_policy = "never"
 check_for_update_on_startup = false
 
 [model_providers.indexshare]
@@ -28,20 +30,15 @@ enabled = false
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AgentRun:
-    """What an agent printed: its events (objects on lines of their own), and the last text it showed."""
-
-    events: Sequence[Mapping[str, Any]]
-    text: str
-    errors: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
-    """Where an agent runs: an empty home, and a working folder in it."""
+    """Where an agent runs: an empty home, and a working folder in it.
+
+    may_run_commands: without asking anybody. Only for a scripted model: nobody knows what nano would run.
+    """
 
     home: Path
     url: str
+    may_run_commands: bool = False
 
     @property
     def folder(self) -> Path:
@@ -77,7 +74,7 @@ def claude_code(place: Workplace, prompt: str, *, again: bool = False, thinking:
         [
             str(binary),
             *("--print", prompt, "--model", "nano", "--output-format", "stream-json", "--verbose"),
-            *("--allowed-tools", "Bash"),
+            *(["--allowed-tools", "Bash"] if place.may_run_commands else []),
             *(["--continue"] if again else []),
         ],
         ANTHROPIC_BASE_URL=place.url,
@@ -105,9 +102,10 @@ def codex(place: Workplace, prompt: str, *, again: bool = False, thinking: bool 
             str(binary),
             "exec",
             *(["resume", "--last"] if again else []),
-            # The sandbox of Codex needs namespaces, which containers do not always give.
-            *("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json"),
-            *(["-c", 'model_reasoning_effort="high"', "-c", "model_supports_reasoning_summaries=true"] if thinking else []),
+            # Its sandbox lets nothing be written, and needs what containers do not always give.
+            *(["--dangerously-bypass-approvals-and-sandbox"] if place.may_run_commands else []),
+            *("--skip-git-repo-check", "--json"),
+            *(["-c", 'model_reasoning_effort="high"'] if thinking else []),
             prompt,
         ]
     )
@@ -128,6 +126,7 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
         "interleaved": {"field": "reasoning_content"},
         **({"options": {"reasoningEffort": "high"}} if thinking else {}),
     }
+    permission = "allow" if place.may_run_commands else "deny"
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "indexshare",
@@ -139,7 +138,7 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
         "small_model": "indexshare/nano",
         "autoupdate": False,
         "share": "disabled",
-        "permission": {"bash": "allow"},
+        "permission": {"bash": permission, "edit": permission, "webfetch": "deny"},
         "provider": {"indexshare": provider},
     }
     (place.folder / "opencode.json").write_text(json.dumps(config))
@@ -153,3 +152,6 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
         OPENCODE_DISABLE_SHARE="1",
     )
     return [event["part"]["text"] for event in events if event["type"] == "text"][-1]
+
+
+AGENTS: dict[str, Callable[..., str]] = {"claude_code": claude_code, "codex": codex, "opencode": opencode}

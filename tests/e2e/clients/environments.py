@@ -73,4 +73,4 @@ def _run(command: list[str], folder: Path) -> None:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except subprocess.SubprocessError as error:
         output = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"{folder.name} cannot be installed here: {str(output).strip()[-400:]}")
+        pytest.skip(f"{folder.name} cannot be installed here: {str(output).strip()[:400]}")

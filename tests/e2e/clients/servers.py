@@ -27,7 +27,18 @@ class ServerProcess:
     """A running `indexshare serve`. log: its lines so far, each an object."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [str(INDEXSHARE), "serve", "nano", "--port", "0", "--log-format", "json", "--threads", "2", *arguments]
+        command = [
+            str(INDEXSHARE),
+            "serve",
+            "nano",
+            "--port",
+            "0",
+            "--log-format",
+            "json",
+            "--threads",
+            "2",
+            *arguments,
+        ]
         self.log: list[Line] = []
         self._grown = threading.Condition()
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
