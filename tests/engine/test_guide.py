@@ -169,6 +169,15 @@ def test_grammars() -> None:
     feed(COMPILER.grammar('start: "x" %json {"type": "integer"} "y"').guide(STOPS), "x12y")
 
 
+def test_a_grammar_may_be_gbnf() -> None:
+    guide = COMPILER.grammar('root ::= "yes" | "no" num\nnum ::= [0-9]+ ("," [0-9]+)*').guide(STOPS)
+    feed(guide, "no12,7")
+    assert set(STOPS) <= set(ids_of(guide.allowed()))
+    for broken in ('root ::= ("a', "::=", "root ::= " + "(" * 60_000, 'other ::= "a"'):
+        with pytest.raises(RequestError):
+            COMPILER.grammar(broken)
+
+
 def test_the_grammar_ends_with_the_requests_stop_tokens_only() -> None:
     for stop_ids in (STOPS[:1], STOPS[1:], (*STOPS, NANO.control_id("<|assistant|>"))):
         guide = COMPILER.regex("[0-9]{2}").guide(stop_ids)

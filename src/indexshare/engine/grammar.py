@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.chat.tool_grammar import WHITESPACE, CallableTool, callable_tools, tool_call_grammar
@@ -96,8 +97,13 @@ class GuideCompiler:
         return self._compile("regular expression", LLMatcher.grammar_from_regex(pattern))
 
     def grammar(self, text: str) -> CompiledGuide:
-        """Text that matches the rule `start` of a grammar in llguidance's dialect of Lark."""
+        """Text that matches an EBNF grammar: the rule `start` in llguidance's dialect of Lark, or `root` in GBNF."""
         _check_text("the grammar", text, MAX_GRAMMAR_BYTES)
+        if "::=" in text:
+            try:
+                text = gbnf_to_lark(text)
+            except Exception as error:  # noqa: BLE001  # what the library raises: GbnfToLarkError, but also Exception
+                raise RequestError(f"the grammar cannot be used: {error}"[:300]) from error
         for found in re.finditer("%json", text):
             try:
                 schema, _ = json.JSONDecoder().raw_decode(text[found.end() :].lstrip())
