@@ -22,13 +22,11 @@ Linux only. Checkpoints and llama.cpp are kept in INDEXSHARE_PEERS (peers.py), 6
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import llama_build
 import peer_report
@@ -42,7 +40,7 @@ from serving_bench import QUICK, Bench, Sizes, Step
 from serving_client import LoadError
 from serving_engine import EngineError
 from serving_report import Run
-from serving_servers import ServerError
+from serving_servers import ServerError, end_on_signal
 
 import indexshare
 
@@ -61,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install -e .[bench]")
-    signal.signal(signal.SIGTERM, interrupt)
+    end_on_signal()
     work = options.work or llama_build.cache_directory() / "work"
     work.mkdir(parents=True, exist_ok=True)
     sizes = QUICK if options.quick else Sizes()
@@ -89,11 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot and {"load", "llama"} & set(run.parts):
         serving_report.plot(run, options.plot)
     return code if run.cases else code or 1
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the benchmark as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def measure_all(bench: Bench, parts: Sequence[str], repeats: int, console: Console, json_file: Path | None) -> None:

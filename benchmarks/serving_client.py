@@ -27,7 +27,8 @@ class LoadError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """clients: for each, its requests' bodies in order. With an intruder, each client repeats its requests for ever;
-    when all have seen `num_before` arrivals the intruder's one request is sent, and all end when it is answered."""
+    when all have seen `num_before` arrivals the intruder's one request is sent, and all end when it is answered.
+    reconnects: every request has a connection of its own, for servers that close them."""
 
     port: int
     clients: Sequence[Sequence[dict[str, Any]]]
@@ -36,6 +37,7 @@ class Plan:
     path: str = "/v1/completions"
     limit_seconds: float = 3600.0
     keeps_text: bool = False
+    reconnects: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,6 +215,9 @@ async def carry_out(plan: Plan) -> Load:
             answer, end = connections[client].ask(client, body)
             answers.append(answer)
             await end
+            if plan.reconnects:
+                connections[client].close()
+                connections[client] = await Connection.open(plan, clock)
 
     begun, cpu = time.perf_counter(), time.process_time()
     async with asyncio.timeout(plan.limit_seconds), asyncio.TaskGroup() as group:

@@ -56,7 +56,7 @@ def llama(bench: Bench) -> list[Step]:
         for name in (OURS, FLASH):
             with started(name, 1, SAME_PROMPT + SPARE_TOKENS) as server:
                 requests = [request(name, prompt, SAME_REPLY) for prompt in prompts]
-                load = drive(Plan(port=server.wait().port, clients=[requests], keeps_text=True))
+                load = drive(Plan(port=server.wait().port, clients=[requests], keeps_text=True, reconnects=True))
             found.append([answer.text.split() for answer in load.answers])
         first, all_same = agreement(*found)
         bench.run.note(

@@ -12,14 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 import quiet
 from workers import PR_SET_PDEATHSIG
 
 READY_SECONDS = 300.0
-END_SECONDS = 10.0
+END_SECONDS = 5.0
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 LIBC = ctypes.CDLL(None)
 
@@ -120,6 +120,15 @@ class Server:
         if self.is_running and self.terminate(END_SECONDS) is None:
             self._process.kill()
         self._process.wait()
+
+
+def end_on_signal() -> None:
+    """SIGTERM ends this program as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from server.dialects import reply_of
 from indexshare.chat.types import Reasoning, Text, ToolCallEvent
 from indexshare.server.types import ChatRequest, CompletionRequest, Piece
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 COMMAND = "echo seen > proof.txt && cat proof.txt"
 SHELLS = {"Bash": "command", "exec_command": "cmd", "bash": "command"}  # and how each calls its command
@@ -43,8 +43,9 @@ def test_a_conversation_with_nano(agent: Agent, server: ServerProcess, tmp_path:
     requests = server.requests(start)
     assert len(requests) >= 2
     assert not refused(requests)
-    last = max((line for line in requests if "prompt_tokens" in line), key=lambda line: line["time"])
-    assert last["cached_tokens"] > 0.9 * (last["prompt_tokens"] - 500), "the second turn read everything again"
+    assert any(
+        line.get("cached_tokens", 0) > 0.9 * line["prompt_tokens"] for line in requests if "prompt_tokens" in line
+    )
     server.wait_until_idle()
 
 

@@ -425,3 +425,10 @@ def test_a_signal_lets_running_replies_end_and_the_caller_go_on() -> None:
     assert "CLOSED" in errors
     assert errors.rstrip().endswith("AFTER")
     assert "Traceback" not in errors
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with listen(ServerSettings(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

@@ -102,7 +102,7 @@ class GuideCompiler:
         if "::=" in text:
             try:
                 text = gbnf_to_lark(text)
-            except Exception as error:  # noqa: BLE001  # what the library raises: GbnfToLarkError, but also Exception
+            except Exception as error:  # what the library raises: GbnfToLarkError, but also Exception
                 raise RequestError(f"the grammar cannot be used: {error}"[:300]) from error
         for found in re.finditer("%json", text):
             try:

@@ -11,6 +11,8 @@ from typing import Any
 from e2e.clients.environments import node_packages
 
 AGENT_SECONDS = 110.0
+MAX_TOKENS = 400
+MAX_TURNS = 4
 
 CODEX_CONFIG = """
 model = "nano"
@@ -45,7 +47,7 @@ class Workplace:
         return self.home / "work"
 
     def run(self, command: Sequence[str], **variables: str) -> list[dict[str, Any]]:
-        """Run a command that prints JSON lines; an AssertionError if it fails or does not end in time."""
+        """Run a command that prints JSON lines: those, of which there must be some."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {
             "PATH": os.environ["PATH"],
@@ -63,8 +65,9 @@ class Workplace:
             text=True,
             timeout=AGENT_SECONDS,
         )
-        assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
-        return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        events = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        assert events, f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        return events
 
 
 def claude_code(place: Workplace, prompt: str, *, again: bool = False, thinking: bool = False) -> str:
@@ -74,12 +77,13 @@ def claude_code(place: Workplace, prompt: str, *, again: bool = False, thinking:
         [
             str(binary),
             *("--print", prompt, "--model", "nano", "--output-format", "stream-json", "--verbose"),
+            *("--max-turns", str(MAX_TURNS)),
             *(["--allowed-tools", "Bash"] if place.may_run_commands else []),
             *(["--continue"] if again else []),
         ],
         ANTHROPIC_BASE_URL=place.url,
         ANTHROPIC_AUTH_TOKEN="none",
-        CLAUDE_CODE_MAX_OUTPUT_TOKENS="2000",
+        CLAUDE_CODE_MAX_OUTPUT_TOKENS=str(MAX_TOKENS),
         CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
         DISABLE_TELEMETRY="1",
         DISABLE_ERROR_REPORTING="1",
@@ -87,8 +91,10 @@ def claude_code(place: Workplace, prompt: str, *, again: bool = False, thinking:
         **({"MAX_THINKING_TOKENS": "1024"} if thinking else {}),
     )
     result = events[-1]
-    assert result["type"] == "result" and not result["is_error"], result
-    return result["result"]
+    # nano may repeat itself or call tools without end, and that it was cut off is an error to Claude Code.
+    is_cut_off = result["subtype"] == "error_max_turns" or result.get("api_error") == "max_output_tokens"
+    assert is_cut_off or not result["is_error"], result
+    return result.get("result", "cut off")
 
 
 def codex(place: Workplace, prompt: str, *, again: bool = False, thinking: bool = False) -> str:
@@ -119,7 +125,7 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
     place.folder.mkdir(parents=True, exist_ok=True)
     model = {
         "name": "nano",
-        "limit": {"context": 200_000, "output": 2000},
+        "limit": {"context": 200_000, "output": MAX_TOKENS},
         "reasoning": True,
         "tool_call": True,
         # Sends the reasoning of earlier turns back, so that the prompt only grows.
@@ -138,6 +144,7 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
         "small_model": "indexshare/nano",
         "autoupdate": False,
         "share": "disabled",
+        "agent": {"build": {"steps": MAX_TURNS}},
         "permission": {"bash": permission, "edit": permission, "webfetch": "deny"},
         "provider": {"indexshare": provider},
     }

@@ -27,26 +27,21 @@ class ServerProcess:
     """A running `indexshare serve`. log: its lines so far, each an object."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [
-            str(INDEXSHARE),
-            "serve",
-            "nano",
-            "--port",
-            "0",
-            "--log-format",
-            "json",
-            "--threads",
-            "2",
-            *arguments,
-        ]
+        options = ("--port", "0", "--log-format", "json", "--threads", "2")
         self.log: list[Line] = []
         self._grown = threading.Condition()
+        command = [str(INDEXSHARE), "serve", "nano", *options, *arguments]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        running = self.wait_for(lambda line: "running on" in line["message"], READY_SECONDS)
-        self.url = re.findall(r"http://[0-9.:]+", running["message"])[0]
-        self.wait_for(lambda line: line["message"].startswith("ready"), READY_SECONDS)
+        try:
+            listening = self.wait_for(lambda line: line["message"].startswith("listening on"), READY_SECONDS)
+            self.wait_for(lambda line: line["message"].startswith("ready"), READY_SECONDS)
+        except BaseException:
+            self._process.kill()
+            self._end()
+            raise
+        self.url = listening["message"].removeprefix("listening on ")
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -89,12 +84,15 @@ class ServerProcess:
     def close(self) -> None:
         """End the process as an operator does; it must end in order."""
         self._process.terminate()
+        assert self._end() == 0, self.log[-10:]
+        assert not [line for line in self.log if line.get("level") == "error"]
+
+    def _end(self) -> int:
         code = self._process.wait(30)
         self._reader.join(10)
         assert self._process.stderr is not None
         self._process.stderr.close()
-        assert code == 0, self.log[-10:]
-        assert not [line for line in self.log if line.get("level") == "error"]
+        return code
 
 
 @contextmanager

@@ -32,6 +32,21 @@ async function failure(call) {
   }
 }
 
+async function runTools(extra) {
+  const seen = [];
+  const run = (input) => {
+    seen.push(input);
+    return '{"celsius": 7}';
+  };
+  const tools = [betaZodTool({ name: "get_weather", description: "The weather", inputSchema: weather, run })];
+  const request = { model, max_tokens: 300, messages: question, tools, tool_choice: { type: "any" } };
+  const reasons = [];
+  for await (const message of client.beta.messages.toolRunner({ ...request, max_iterations: 2, ...extra })) {
+    reasons.push(message.stop_reason);
+  }
+  return { seen, reasons };
+}
+
 const scenarios = {
   async messages() {
     const request = { model, max_tokens: 60, temperature: 0, messages: hello, system: "Be brief." };
@@ -63,28 +78,17 @@ const scenarios = {
     return { first, last, streamed: await stream.finalMessage() };
   },
 
+  // By default the runner asks for a thread that the server stores, and goes on without when that is refused by code.
   async runner() {
-    const seen = [];
-    const run = (input) => {
-      seen.push(input);
-      return '{"celsius": 7}';
-    };
-    const runnable = betaZodTool({ name: "get_weather", description: "The weather", inputSchema: weather, run });
-    const runner = client.beta.messages.toolRunner({
-      model,
-      max_tokens: 300,
-      messages: question,
-      tools: [runnable],
-      tool_choice: { type: "any" },
-      max_iterations: 2,
-    });
-    const reasons = [];
-    for await (const message of runner) reasons.push(message.stop_reason);
-    return { seen, reasons };
+    return runTools({});
+  },
+
+  async runner_without_thread() {
+    return runTools({ thread: false });
   },
 
   async structured() {
-    const answer = z.object({ answer: z.number().int(), sure: z.boolean() });
+    const answer = z.object({ answer: z.number().int().min(0).max(999), sure: z.boolean() });
     const output_config = { format: zodOutputFormat(answer) };
     const parsed = await client.messages.parse({ model, max_tokens: 200, messages: hello, output_config });
     return { parsed: parsed.parsed_output };

@@ -22,6 +22,12 @@ async function failure(call) {
   }
 }
 
+function results(response) {
+  return response.output
+    .filter((item) => item.type === "function_call")
+    .map((item) => ({ type: "function_call_output", call_id: item.call_id, output: '{"celsius": 7}' }));
+}
+
 const scenarios = {
   async chat() {
     const request = { model, messages: hello, temperature: 0, max_completion_tokens: 60 };
@@ -70,20 +76,28 @@ const scenarios = {
   },
 
   async responses() {
-    const tools = [zodResponsesFunction({ name: "get_weather", parameters: weather })];
     const reasoning = { effort: "high" };
-    const first = await client.responses.parse({ model, input: question, tools, tool_choice: "required", reasoning });
-    const input = [...question, ...first.output];
-    for (const item of first.output) {
-      if (item.type === "function_call") {
-        input.push({ type: "function_call_output", call_id: item.call_id, output: '{"celsius": 7}' });
-      }
-    }
-    const stream = client.responses.stream({ model, input, tools, tool_choice: "none", reasoning });
+    const tools = [zodResponsesFunction({ name: "get_weather", parameters: weather })];
+    const request = { model, tools, reasoning };
+    const first = await client.responses.create({ ...request, input: question, tool_choice: "required" });
+    const input = [...question, ...first.output, ...results(first)];
+    const stream = client.responses.stream({ ...request, input, tool_choice: "none" });
     const kinds = [];
     for await (const event of stream) kinds.push(event.type);
     const last = await stream.finalResponse();
     return { first: first.output, kinds, last: { status: last.status, text: last.output_text, usage: last.usage } };
+  },
+
+  // The client adds fields of its own to what it has parsed, and sends them back.
+  async responses_parsed() {
+    const tools = [zodResponsesFunction({ name: "get_weather", parameters: weather })];
+    const format = { format: zodTextFormat(answer, "answer") };
+    const call = await client.responses.parse({ model, input: question, tools, tool_choice: "required" });
+    const input = [...question, ...call.output, ...results(call)];
+    const text = await client.responses.parse({ model, input, text: format });
+    const next = [...input, ...text.output, ...hello];
+    const last = await client.responses.create({ model, input: next });
+    return { status: last.status, parsed: text.output_parsed };
   },
 
   async errors() {
