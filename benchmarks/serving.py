@@ -93,6 +93,8 @@ def measure_all(bench: Bench, parts: Sequence[str], repeats: int, console: Conso
     """Part by part; within one, all steps in turn, as often as there are repeats. Ends the servers."""
     try:
         for part in parts:
+            if part == "llama":  # one server after the other, each alone in memory
+                bench.close_servers()
             steps = PARTS[part](bench)
             total, done, begun = repeats * sum(step.weight for step in steps), 0.0, time.monotonic()
             for repeat in range(repeats):
@@ -108,8 +110,6 @@ def measure_all(bench: Bench, parts: Sequence[str], repeats: int, console: Conso
                     )
                     if json_file:
                         serving_report.write_json(bench.run, json_file)
-            if part != "overhead":  # drafts go on with the same server
-                bench.close_servers()
     finally:
         bench.close_servers()
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -98,7 +98,7 @@ class Bench:
         drive(Plan(port=server.port, clients=[[body(self.prompt(600), 8)] for _ in range(4)]))
 
     @contextmanager
-    def others_paused(self, server: Server | None) -> Iterator[None]:
+    def others_paused(self, server: Server | None) -> Generator[None]:
         """Every server but this one stands still."""
         others = [other for other in self._servers.values() if other is not server]
         for other in others:

@@ -193,9 +193,9 @@ class Connection(asyncio.Protocol):
                 self.answer.num_prompt_tokens = usage["prompt_tokens"]
                 self.answer.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if self._done is not None and not self._done.done():
-            self._done.set_exception(LoadError(f"the server closed the connection: {error}"))
+            self._done.set_exception(LoadError(f"the server closed the connection: {exc}"))
 
     def close(self) -> None:
         """Cut a running request off too."""

@@ -36,8 +36,8 @@ class Case:
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, figure: str) -> float | None:
-        """None where it was not measured."""
-        values = self.figures.get(figure)
+        """None where it was not measured. NaN is a repeat without the figure: a reply of one token has no gap."""
+        values = [value for value in self.figures.get(figure, ()) if value == value]
         return median(values) if values else None
 
     @property
@@ -145,7 +145,7 @@ def print_tables(run: Run, console: Console) -> None:
 
 def short(value: float | None) -> str:
     """Three digits."""
-    if value is None or value != value:
+    if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -164,7 +164,7 @@ def write_json(run: Run, path: Path) -> None:
                 "part": case.part,
                 "name": case.name,
                 "clients": case.num_clients,
-                "medians": {figure: _number(case.median(figure)) for figure in case.figures},
+                "medians": {figure: case.median(figure) for figure in case.figures},
                 "repeats": {figure: list(map(_number, values)) for figure, values in case.figures.items()},
             }
             for case in run.cases
@@ -177,8 +177,8 @@ def write_json(run: Run, path: Path) -> None:
     partial.rename(path)
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or value != value else value
+def _number(value: float) -> float | None:
+    return None if value != value else value
 
 
 def plot(run: Run, path: Path) -> None:

@@ -91,9 +91,9 @@ class Server:
 
     @property
     def rss_bytes(self) -> int:
-        """Resident memory now."""
+        """Resident memory now; 0 when it has ended."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
 
     @property
     def is_running(self) -> bool:

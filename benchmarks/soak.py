@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx2
 import peer_report
 from rich.console import Console
 from rich.table import Table
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as directory:
             _run(options, Path(directory), soak, console)
-    except ServerError as error:
-        soak.tally.violation(str(error))
+    except (ServerError, OSError, httpx2.HTTPError) as error:
+        soak.tally.violation(f"the server has gone: {type(error).__name__}: {error}; --log FILE keeps what it said")
     except KeyboardInterrupt:
         soak.tally.violation("interrupted")
     report(soak, Console(soft_wrap=True))

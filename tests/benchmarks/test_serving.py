@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,7 +48,7 @@ STREAM = (
 
 
 @contextmanager
-def scripted(pieces: tuple[bytes, ...], num_connections: int = 1, closes: bool = False) -> Iterator[int]:
+def scripted(pieces: tuple[bytes, ...], num_connections: int = 1, closes: bool = False) -> Generator[int]:
     """A server that answers every request with the same bytes, piece by piece; clients see them in any grouping."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -214,7 +214,7 @@ def test_a_run_is_medians_ratios_a_file_a_table_and_a_picture(
             ("long", "9 tokens, cold", 1): {"TTFT p50 ms": [90.0]},
             ("long", "9 tokens, warm", 1): {"TTFT p50 ms": [9.0]},
             ("drafts", "code, 0 drafts", 1): {"tokens/s": [10.0]},
-            ("drafts", "code, 3 drafts", 1): {"tokens/s": [15.0], "accepted 1 %": [float("nan")]},
+            ("drafts", "code, 3 drafts", 1): {"tokens/s": [15.0] * 3, "accepted 1 %": [float("nan"), 3.0, 5.0]},
             ("drafts", "code, 0 drafts, server", 1): {"tokens/s": [5.0]},
             ("drafts", "code, 3 drafts, server", 1): {"tokens/s": [10.0]},
             ("llama", "indexshare", 1): {"tokens/s": [6.0], "TTFT p50 ms": [1.0]},
@@ -235,7 +235,8 @@ def test_a_run_is_medians_ratios_a_file_a_table_and_a_picture(
     write_json(run, tmp_path / "run.json")
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["cases"][0]["medians"]["tokens/s"] == 20.0 and content["notes"] == ["said once"]
-    assert content["cases"][5]["repeats"]["accepted 1 %"] == [None]
+    assert content["cases"][5]["repeats"]["accepted 1 %"] == [None, 3.0, 5.0]
+    assert content["cases"][5]["medians"]["accepted 1 %"] == 4.0
     from rich.console import Console
 
     serving_report.print_tables(run, Console(width=200))
@@ -247,8 +248,7 @@ def test_a_run_is_medians_ratios_a_file_a_table_and_a_picture(
 
 
 def test_numbers_are_short() -> None:
-    values = (1234.5, 12.345, 0.01234, None, float("nan"))
-    assert list(map(short, values)) == ["1,234", "12.3", "0.0123", "-", "-"]
+    assert list(map(short, (1234.5, 12.345, 0.01234, None))) == ["1,234", "12.3", "0.0123", "-"]
 
 
 def test_the_cache_holds_what_is_asked_for() -> None:

@@ -22,6 +22,7 @@ from indexshare.errors import CheckpointError, RequestError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
+LEADING = 1024  # tokens that are put in order first
 NOT_FINITE = "the model's logits are not finite numbers: run `indexshare doctor` on it"
 
 
@@ -128,14 +129,25 @@ def candidate_distribution(logits: Tensor, params: SamplingParams) -> tuple[Tens
     """The distribution that a draw follows, from logits that already carry the penalties.
 
     logits: [vocab] fp32. Needs temperature > 0.
-    Returns (token ids [n] int64, probabilities [n] fp64), most probable first, ties by lower id, summing to 1.
+    Returns (token ids [n] int64, probabilities [n] fp64, summing to 1): all tokens by id where there is no filter, else
+    those that pass, most probable first, ties by lower id.
     """
     scaled = logits.double()
     scaled = (scaled - scaled.max()) / params.temperature  # shifted first: a tiny temperature must not overflow
-    ordered, token_ids = torch.sort(scaled, descending=True, stable=True)
+    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+        return torch.arange(len(scaled), device=scaled.device), torch.softmax(scaled, dim=-1)
     if params.top_k > 0:
-        ordered, token_ids = ordered[: params.top_k], token_ids[: params.top_k]
-    probabilities = torch.softmax(ordered, dim=-1)
+        ordered, token_ids = _largest(scaled, params.top_k)
+        probabilities = torch.softmax(ordered, dim=-1)
+    else:
+        # Nearly always the filters cut within the first few tokens; sorting a whole vocabulary takes milliseconds.
+        norm = scaled.logsumexp(dim=-1)
+        ordered, token_ids = _largest(scaled, LEADING)
+        probabilities = (ordered - norm).exp()
+        is_cut = probabilities.sum() > params.top_p or probabilities[-1] < params.min_p * probabilities[0]
+        if len(ordered) < len(scaled) and not is_cut:
+            ordered, token_ids = _largest(scaled, len(scaled))
+            probabilities = (ordered - norm).exp()
     if params.top_p < 1.0:
         mass_before = torch.cumsum(probabilities, dim=-1) - probabilities
         num_kept = max(1, int((mass_before < params.top_p).sum()))
@@ -144,6 +156,16 @@ def candidate_distribution(logits: Tensor, params: SamplingParams) -> tuple[Tens
         num_kept = int((probabilities >= params.min_p * probabilities[0]).sum())
         probabilities, token_ids = probabilities[:num_kept], token_ids[:num_kept]
     return token_ids, probabilities / probabilities.sum()
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of values [n] and their indices, in descending order, ties by lower index."""
+    if count >= len(values):
+        return torch.sort(values, descending=True, stable=True)
+    floor = values.topk(count).values[-1]
+    indices = (values >= floor).nonzero()[:, 0]  # with all that tie with the last one
+    ordered, order = torch.sort(values[indices], descending=True, stable=True)
+    return ordered[:count], indices[order[:count]]
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> int:
@@ -230,7 +252,7 @@ class Sampler:
         if num_logprobs is None:
             return SampledToken(token_id=token_id)
         logprobs = torch.log_softmax(logits.float(), dim=-1)
-        ordered, token_ids = torch.sort(logprobs, descending=True, stable=True)
+        ordered, token_ids = _largest(logprobs, max(num_logprobs, 1))
         top = zip(token_ids[:num_logprobs].tolist(), ordered[:num_logprobs].tolist(), strict=True)
         return SampledToken(token_id=token_id, logprob=float(logprobs[token_id]), top_logprobs=tuple(top))
 

@@ -72,5 +72,6 @@ def _run(command: list[str], folder: Path) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except subprocess.SubprocessError as error:
-        output = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"{folder.name} cannot be installed here: {str(output).strip()[:400]}")
+        lines = str(getattr(error, "stderr", None) or error).splitlines()
+        reason = " ".join([line for line in lines if "rror" in line] or lines)
+        pytest.skip(f"{folder.name} cannot be installed here: {reason[:400]}")

@@ -91,7 +91,7 @@ const scenarios = {
     // The helper takes bounds out of the schema, and nano does not stop counting by itself.
     const answer = z.object({ mood: z.enum(["good", "bad"]), sure: z.boolean() });
     const output_config = { format: zodOutputFormat(answer) };
-    const parsed = await client.messages.parse({ model, max_tokens: 200, messages: hello, output_config });
+    const parsed = await client.messages.parse({ model, max_tokens: 800, messages: hello, output_config });
     return { parsed: parsed.parsed_output };
   },
 
