@@ -171,7 +171,8 @@ def check_runner(messages: anthropic.Anthropic, **options: Any) -> None:
         max_iterations=2,
         **options,
     )
-    assert [message.stop_reason for message in runner][0] == "tool_use"
+    assert next(iter(runner)).stop_reason == "tool_use"
+    assert runner.generate_tool_call_response() is not None
     assert seen
 
 

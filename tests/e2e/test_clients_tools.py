@@ -85,17 +85,17 @@ def test_lm_eval_scores_as_indexshare_does(lm_eval: Path, server: ServerProcess,
     for (context, choices), sample in zip(CAPITALS, samples, strict=True):
         for choice, response in zip(choices, sample["resps"], strict=True):
             logprob, is_greedy = response[0]
-            expected = score(server.url, context, f" {choice}")
+            expected = score(server.url, tmp_path / "tokens.json", context, f" {choice}")
             assert float(logprob) == pytest.approx(expected, abs=0.02)
             assert str(is_greedy) in ("True", "False")
 
 
-def score(url: str, context: str, continuation: str) -> float:
+def score(url: str, file: Path, context: str, continuation: str) -> float:
     """The log-probability of a continuation by `indexshare score`, with lm-eval's split into tokens."""
     start = len(tokens(url, context))
-    whole = json.dumps(tokens(url, context + continuation))
-    command = [str(INDEXSHARE), "score", "nano", "--tokens", "-", "--json"]
-    printed = subprocess.run(command, input=whole, capture_output=True, text=True, check=True, timeout=100).stdout
+    file.write_text(json.dumps(tokens(url, context + continuation)))
+    command = [str(INDEXSHARE), "score", "nano", "--tokens", str(file), "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
     return sum(json.loads(printed)[start - 1 :])
 
 
@@ -152,8 +152,12 @@ def use_the_shell(request: ChatRequest | CompletionRequest) -> Sequence[Piece]:
     return reply_of(Text("I use the shell."), call, reason="tool_calls")
 
 
-def test_mini_swe_agent(tmp_path: Path) -> None:
-    mini = python("mini_swe_agent").with_name("mini")
+@pytest.fixture
+def mini() -> Path:
+    return python("mini_swe_agent").with_name("mini")
+
+
+def test_mini_swe_agent(mini: Path, tmp_path: Path) -> None:
     with scripted_server(use_the_shell) as (url, service):
         settings = [f"model.model_kwargs.api_base={url}/v1", "model.cost_tracking=ignore_errors"]
         options = [option for setting in ("mini.yaml", *settings) for option in ("-c", setting)]
@@ -163,6 +167,7 @@ def test_mini_swe_agent(tmp_path: Path) -> None:
             tmp_path,
             OPENAI_API_KEY="none",
             MSWEA_CONFIGURED="1",
+            MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT="1",
             MSWEA_SILENT_STARTUP="1",
             LITELLM_LOCAL_MODEL_COST_MAP="True",
         )

@@ -29,7 +29,7 @@ class Served:
     """Requests and what came back for each."""
 
     def __init__(self, llm: LLM, **options: object) -> None:
-        limits = options.pop("limits", Limits(max_sequences=6, max_step_tokens=24))
+        limits = options.pop("limits", Limits(max_sequences=6, max_step_tokens=48))
         options = {"page_size": 4, "cache_tokens": 1024, **options}
         self.outputs: dict[Generation, list[Output]] = defaultdict(list)
         self.engine = Engine(llm, EngineOptions(limits=limits, **options), deliver=self.deliver)
@@ -162,7 +162,7 @@ def test_a_cached_prefix_drafts_as_well_as_a_fresh_one(llm: LLM) -> None:
 def test_guesses_of_a_batch_are_those_of_single_sequences(llm: LLM) -> None:
     """The batched draft phase against the plain one of SpeculativeSession: the same guesses are made."""
     requests = [wish(20 + 9 * seed, seed, max_new_tokens=30) for seed in range(4)]
-    served = Served(llm, num_drafts=3, adapts_drafts=False)
+    served = Served(llm, num_drafts=3, adapts_drafts=False, limits=Limits(max_step_tokens=512))
     served.run(*requests)
     drafted, accepted = [0] * 3, [0] * 3
     for generation in requests:
@@ -191,19 +191,48 @@ def test_drawn_tokens_follow_the_same_distribution_with_drafts(llm: LLM) -> None
         assert abs(plain - drafted) < 5 * max(4.0, (plain + drafted) ** 0.5)
 
 
-def test_prompt_scores_are_those_of_a_session(llm: LLM) -> None:
-    tokens = prompt(70, 4)
+@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 70, 129])
+def test_prompt_scores_are_those_of_a_session(llm: LLM, length: int, num_drafts: int) -> None:
+    tokens = prompt(length, 4)
     generation = Generation(
         prompt_ids=tokens, params=SamplingParams(max_new_tokens=1, logprobs=2), scores_prompt=True, draws_nothing=True
     )
-    served = Served(llm)
-    served.run(wish(70, 4, max_new_tokens=1))  # a cached prefix must not hide scores
+    served = Served(llm, num_drafts=num_drafts)
+    served.run(wish(length, 4, max_new_tokens=1))  # a cached prefix must not hide scores
     assert served.run(generation) == [()]
     scores = [token for output in served.outputs[generation] for token in output.prompt_tokens]
     assert [token.token_id for token in scores] == list(tokens) and scores[0].logprob is None
     expected = llm.logprobs(tokens)
     torch.testing.assert_close(torch.tensor([t.logprob for t in scores[1:]]), expected, rtol=1e-4, atol=1e-4)
     assert served.last(generation).ended == "length"
+
+
+def test_prompt_scores_come_once_although_requests_give_way(llm: LLM) -> None:
+    requests = [
+        Generation(
+            prompt_ids=prompt(40, seed),
+            params=SamplingParams(max_new_tokens=12, logprobs=0),
+            scores_prompt=True,
+        )
+        for seed in range(3)
+    ]
+    served = Served(llm, cache_tokens=112, limits=Limits(max_step_tokens=8))
+    served.run(*requests)
+    assert served.engine.stats()["preempted"] > 0
+    for generation in requests:
+        scores = [token for output in served.outputs[generation] for token in output.prompt_tokens]
+        assert [token.token_id for token in scores] == list(generation.prompt_ids)
+        expected = llm.logprobs(generation.prompt_ids)
+        torch.testing.assert_close(torch.tensor([t.logprob for t in scores[1:]]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_context_reads_everything_whatever_else_is_in_the_batch(llm: LLM) -> None:
+    served = Served(llm, limits=Limits(max_step_tokens=512))
+    short = wish(3, 1, max_new_tokens=4, wants_selection=True)
+    served.run(wish(300, 2, max_new_tokens=4), short)
+    for output in served.outputs[short]:
+        assert all(chosen is None for selection in output.selections for chosen in selection.values())
 
 
 def test_selections_are_those_of_a_session(llm: LLM) -> None:
@@ -217,7 +246,7 @@ def test_selections_are_those_of_a_session(llm: LLM) -> None:
     for index, chosen in enumerate(selections):
         with llm.open_session(64, page_size=4) as session:
             expected = session.selected_positions(read[: 37 + index])
-        assert {layer: set(rows) for layer, rows in chosen.items()} == {
+        assert {layer: set(rows.tolist()) for layer, rows in chosen.items()} == {
             layer: set(rows.tolist()) for layer, rows in expected.items() if rows is not None
         }
 

@@ -80,9 +80,9 @@ def test_a_prompt_gets_only_the_mixed_budget_while_others_decode() -> None:
     simulation = Simulation(max_step_tokens=100)
     simulation.add(prompt(5), new=50)
     simulation.step()
-    simulation.scheduler.mixed_tokens = 10
+    simulation.scheduler.mixed_tokens = 20
     simulation.add(prompt(300, 1))
-    assert simulation.step().num_tokens == 1 + 10
+    assert simulation.step().num_tokens == 1 + 20
     alone = Simulation(max_step_tokens=100)
     alone.scheduler.mixed_tokens = 10
     alone.add(prompt(300, 1))
@@ -173,6 +173,56 @@ def test_scoring_a_prompt_reuses_nothing() -> None:
     simulation.scheduler._waiting[""][0].generation = replace(sequence.generation, scores_prompt=True)
     simulation.step()
     assert sequence.num_cached == 0
+
+
+def test_prompts_are_read_however_many_decode() -> None:
+    simulation = Simulation(num_pages=100_000, max_sequences=300, max_step_tokens=64)
+    for seed in range(200):
+        simulation.add(prompt(2, seed), new=400)
+    while any(sequence.num_unread > 1 for sequence in simulation.scheduler.running) or simulation.scheduler.num_waiting:
+        simulation.step()
+    late = simulation.add(prompt(50, 999))
+    for _ in range(8):
+        plan = simulation.step(num_drafts=3)
+        assert all(item.num_drafts == 0 for item in plan.work)
+    assert late.num_unread <= 1
+
+
+def test_a_shared_document_that_is_in_use_needs_no_room_of_its_own() -> None:
+    simulation = Simulation(num_pages=100, max_step_tokens=512)
+    document = prompt(300)
+    simulation.add([*document, 500], new=60)
+    simulation.step()
+    second = simulation.add([*document, 501], new=20)
+    simulation.step()
+    assert second in simulation.scheduler.running and second.num_cached >= 299
+
+
+def test_a_crowd_that_waits_for_one_prefix_lets_others_pass() -> None:
+    simulation = Simulation(max_step_tokens=32)
+    document = prompt(600)
+    for seed in range(40):
+        simulation.add([*document, 1000 + seed], new=2)
+    small = simulation.add(prompt(20, 7), new=2)
+    for _ in range(4):
+        simulation.step()
+    assert small in simulation.finished
+    simulation.run()
+    assert len(simulation.finished) == 41
+
+
+def test_no_tenant_holds_all_places_while_another_waits() -> None:
+    simulation = Simulation(max_sequences=8)
+    greedy = [simulation.add(prompt(9, seed), new=300, tenant="greedy") for seed in range(20)]
+    for _ in range(5):
+        simulation.step()
+    assert len(simulation.scheduler.running) == 8
+    modest = [simulation.add(prompt(9, 100 + seed), new=5, tenant="modest") for seed in range(3)]
+    for _ in range(8):
+        simulation.step()
+    assert all(sequence in simulation.finished for sequence in modest)
+    simulation.run()
+    assert set(simulation.finished) == {*greedy, *modest}
 
 
 def test_drafts_fit_what_may_still_be_drawn() -> None:

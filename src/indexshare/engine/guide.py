@@ -123,6 +123,7 @@ class Guide:
             raise RequestError("this tokenizer has no control token '</think>': turn thinking off")
         self._vocabulary = vocabulary
         self._matcher = matcher
+        self._unused_matcher = None if matcher is None else matcher.deep_copy()
         self._budget = thinking_budget
         self._stop_ids = frozenset(stop_ids)
         self._stops = vocabulary.only(stop_ids)
@@ -184,11 +185,21 @@ class Guide:
         keep = len(self._steps) - num_tokens
         assert 0 <= keep <= len(self._steps), "cannot forget more tokens than were accepted"
         num_in_matcher = sum(step.in_matcher for step in self._steps[keep:])
-        if num_in_matcher and self._matcher is not None and not self._matcher.rollback(num_in_matcher):
-            raise RequestError(f"the grammar cannot go back: {matcher_error(self._matcher)}")
         del self._steps[keep:]
+        if self._matcher is not None and self._matcher.is_error():
+            self._replay()
+        elif num_in_matcher and self._matcher is not None and not self._matcher.rollback(num_in_matcher):
+            raise RequestError(f"the grammar cannot go back: {matcher_error(self._matcher)}")
         if self._answer_start is not None and self._answer_start > keep:
             self._answer_start = None
+
+    def _replay(self) -> None:
+        """A matcher that has failed stays so: begin again with what is left, since guesses may fail."""
+        assert self._unused_matcher is not None
+        self._matcher = self._unused_matcher.deep_copy()
+        token_ids = [step.token_id for step in self._steps if step.in_matcher]
+        if token_ids and not self._matcher.consume_tokens(token_ids):
+            raise RequestError(f"the grammar cannot go back: {matcher_error(self._matcher)}")
 
     def _grammar_mask(self, matcher: "LLMatcher") -> Tensor:
         """bool [vocab]: how the grammar goes on, and the stop tokens where it is complete."""

@@ -86,6 +86,14 @@ class PagePool:
         """Pages that can be allocated: free ones, and cached ones that nobody reads."""
         return self.num_free + self.num_cached
 
+    def knows(self, key: bytes) -> bool:
+        """Whether the page with this key is known."""
+        return key in self._known
+
+    def is_live(self, page: int) -> bool:
+        """Whether a sequence reads it."""
+        return page in self._num_users
+
     def allocate(self, count: int) -> list[int]:
         """Live pages, free ones first, then the ones that were cached longest ago.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from indexshare.engine.cache import PagedCache
-from indexshare.engine.guide import constrain
+from indexshare.engine.guide import Guide, constrain
 from indexshare.engine.sampler import SampledToken, Sampler, draw
 from indexshare.engine.scheduler import Plan, Work
 from indexshare.engine.sequence import Sequence
@@ -29,10 +29,12 @@ MAX_WAITING = 64  # hidden states that wait for the MTP layer while nothing is d
 
 @dataclass(slots=True, eq=False)
 class _State:
-    """waiting: [m, hidden_size] hidden states after the final norm of the last m tokens read."""
+    """waiting: [m, hidden_size] hidden states after the final norm of the last m tokens read. num_scored: prompt tokens
+    that were reported."""
 
     sampler: Sampler
     waiting: Tensor
+    num_scored: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +104,7 @@ class Runner:
                         num_drafted=len(draft.token_ids),
                         num_accepted=max(0, len(tokens) - 1),
                         prompt_tokens=scores,
-                        selections=self._selections(item.sequence, trace, rows[: len(tokens)]),
+                        selections=self._selections(item, trace, rows[: len(tokens)]),
                     )
                 )
             except IndexShareError as error:  # of this request alone: its grammar, its logits
@@ -110,12 +112,14 @@ class Runner:
                 continue
             self._commit(item, tokens, hidden[start:])
         if self._with_mtp:
-            self._write_mtp([item.sequence for item in plan.work if len(item.sequence.state.waiting) > MAX_WAITING])
+            waiting = [item.sequence for item in plan.work if len(item.sequence.state.waiting) > MAX_WAITING]
+            self._write_mtp(waiting, keep=1)  # the last one gives the first guess
         return results
 
     def complete(self, sequence: Sequence) -> None:
         """Write the MTP rows that can be written, before a sequence ends."""
-        if self._with_mtp and sequence.state is not None and sequence.num_valid < sequence.num_computed:
+        end = min(sequence.num_computed, len(sequence.token_ids) - 1)  # a row needs the token after it
+        if self._with_mtp and sequence.state is not None and sequence.num_valid < end:
             self._write_mtp([sequence])
 
     def expert_tokens(self) -> dict[int, list[int]]:
@@ -225,40 +229,53 @@ class Runner:
                 batch = replace(batch, query_only=True, positions=batch.positions + step)
                 hidden, _ = self._model.mtp(hidden, batch.token_ids, batch, selected)
             logits = self._logits(hidden, list(range(len(asking))))
-            for row, i in enumerate(asking):
-                self._guess(items[i].sequence, drafts[items[i].sequence], logits[row])
+            goes_on = [
+                self._guess(items[i].sequence, drafts[items[i].sequence], logits[row]) for row, i in enumerate(asking)
+            ]
             step += 1
-            kept = [row for row, i in enumerate(asking) if items[i].num_drafts > step]
+            kept = [row for row, i in enumerate(asking) if goes_on[row] and items[i].num_drafts > step]
             if len(kept) < len(asking):
                 chosen = torch.tensor(kept, dtype=torch.int64, device=hidden.device)
                 hidden = hidden[chosen]
                 selected = Selection(None if selected.rows is None else selected.rows[chosen.to(selected.rows.device)])
                 asking = [asking[row] for row in kept]
         for sequence, draft in drafts.items():
-            if (guide := sequence.generation.guide) is not None:
-                draft.allowed.append(guide.allowed())
+            if sequence.generation.guide is not None:
+                _look_ahead(sequence.generation.guide, draft)
         return drafts
 
     @staticmethod
-    def _guess(sequence: Sequence, draft: _Draft, logits: Tensor) -> None:
+    def _guess(sequence: Sequence, draft: _Draft, logits: Tensor) -> bool:
+        """One more guess; False when the guide has come to an end of its own, where guessing must end too."""
         sampler, guide = sequence.state.sampler, sequence.generation.guide
         if guide is not None:
-            draft.allowed.append(guide.allowed())
+            if not _look_ahead(guide, draft):
+                return False
             logits = constrain(logits, draft.allowed[-1])
+        rows = []
         if sampler.is_plainly_greedy:
-            draft.token_ids += sampler.greedy(logits[None])
+            token_id = sampler.greedy(logits[None])[0]
         else:
-            draft.rows.append(sampler.probabilities(logits, ahead=draft.token_ids))
-            draft.token_ids.append(draw(draft.rows[-1], sampler.generator))
+            rows = [sampler.probabilities(logits, ahead=draft.token_ids)]
+            token_id = draw(rows[0], sampler.generator)
         if guide is not None:
-            guide.accept(draft.token_ids[-1])
+            try:
+                guide.accept(token_id)
+            except IndexShareError:
+                return False
+        draft.rows += rows
+        draft.token_ids.append(token_id)
+        return True
 
-    def _write_mtp(self, sequences: Iterable[Sequence]) -> tuple[Tensor, Selection]:
-        """Write the rows whose next token is known. Returns what the last row of each predicts from, and selected."""
+    def _write_mtp(self, sequences: Iterable[Sequence], *, keep: int = 0) -> tuple[Tensor, Selection]:
+        """Write the rows whose next token is known, all but the last `keep` of those that were read.
+
+        Returns what the last row of each sequence predicts from, [n, hidden_size], and what it selected.
+        """
         reads, rows = [], []
         for sequence in sequences:
             first = sequence.num_valid
-            next_ids = sequence.token_ids[first + 1 : sequence.num_computed + 1]
+            next_ids = sequence.token_ids[first + 1 : sequence.num_computed + 1 - keep]
             reads.append((sequence, first, next_ids))
             rows.append(sequence.state.waiting[: len(next_ids)])
             sequence.state.waiting = sequence.state.waiting[len(next_ids) :]
@@ -275,35 +292,57 @@ class Runner:
         generation, first = item.sequence.generation, item.sequence.num_computed
         if not generation.scores_prompt or first >= len(generation.prompt_ids):
             return ()
-        scores = [SampledToken(token_id=generation.prompt_ids[0])] if first == 0 else []
-        targets = generation.prompt_ids[first + 1 : first + 1 + item.num_tokens]
+        state = item.sequence.state
+        scores = [SampledToken(token_id=generation.prompt_ids[0])] if state.num_scored == 0 else []
+        skipped = max(0, state.num_scored - first - 1)  # reported before it was preempted
+        targets = generation.prompt_ids[first + 1 + skipped : first + 1 + item.num_tokens]
+        hidden = hidden[skipped:]
         tile = max(1, LOGITS_BYTES // (4 * self._model.config.vocab_size))
         for start in range(0, len(targets), tile):
             wanted = targets[start : start + tile]
             logits = self._logits(hidden, list(range(start, start + len(wanted))))
-            scores += [
-                item.sequence.state.sampler.report(token, row) for token, row in zip(wanted, logits, strict=True)
-            ]
+            scores += [state.sampler.report(token, row) for token, row in zip(wanted, logits, strict=True)]
+        state.num_scored += len(scores)
         return tuple(scores)
 
-    def _selections(self, sequence: Sequence, trace: Trace | None, rows: Items[int]) -> tuple[dict[int, Any], ...]:
-        """For each of these rows of the batch: positions [k] by full layer, None for all."""
+    def _selections(self, item: Work, trace: Trace | None, rows: Items[int]) -> tuple[dict[int, Any], ...]:
+        """For each of these rows of the batch: ascending positions int64 [k] by full layer, None for all."""
+        sequence = item.sequence
         if trace is None or not sequence.generation.wants_selection:
             return ()
-        size = self._cache.page_size
+        size, topk = self._cache.page_size, self._model.config.index_topk
+        first_context = sequence.num_computed + item.num_tokens  # keys that the first of these rows sees
         order = torch.zeros(self._cache.num_pages, dtype=torch.int64)
         order[torch.tensor(sequence.pages)] = torch.arange(len(sequence.pages))
 
-        def positions(chosen: Tensor | None) -> list[int] | None:
-            if chosen is None:
+        def positions(chosen: Tensor | None, row: int, context: int) -> Tensor | None:
+            if chosen is None or context <= topk:
                 return None
-            chosen = chosen[chosen >= 0].long().cpu()
-            return (order[chosen // size] * size + chosen % size).tolist()
+            rows_of_pool = chosen[row][chosen[row] >= 0].long().cpu()
+            return (order[rows_of_pool // size] * size + rows_of_pool % size).sort().values
 
         return tuple(
-            {layer: positions(None if chosen is None else chosen[row]) for layer, chosen in trace.selections.items()}
-            for row in rows
+            {layer: positions(chosen, row, first_context + j) for layer, chosen in trace.selections.items()}
+            for j, row in enumerate(rows)
         )
+
+
+def _look_ahead(guide: Guide, draft: _Draft) -> bool:
+    """What may come after the guesses so far, once. When the guide cannot say, the last guess is taken back.
+
+    If that guess is right after all, the same error comes again when it is drawn, for this request alone.
+    """
+    if len(draft.allowed) > len(draft.token_ids):
+        return True
+    try:
+        draft.allowed.append(guide.allowed())
+    except IndexShareError:
+        if draft.token_ids:
+            guide.rollback(1)
+            draft.token_ids.pop()
+            del draft.rows[len(draft.token_ids) :]
+        return False
+    return True
 
 
 def _tokens(item: Work) -> list[int]:

@@ -2,26 +2,29 @@
 
 Every running sequence that decodes takes part in every step; prompts fill what is left of the step's token budget, in
 chunks, and while others decode only `mixed_tokens`, so that nobody waits long for a token behind somebody's prompt.
-Waiting requests are admitted when their prompt fits the free pages, from the tenant that has been served least. When
-pages run out, the youngest running request gives its own back and waits; what it had is cached, and read again.
+Waiting requests are admitted when their prompt fits the free pages, from the tenant that has been served least; while
+several tenants have something to do, none runs more than its share of the sequences. When pages run out, the youngest
+running request gives its own back and waits; what it had is cached, and read again. A request whose next page is just
+being computed for another one waits for it, and lets others pass.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from indexshare.engine.pages import PagePool, PrefixMatch
 from indexshare.engine.sampler import check_integer
 from indexshare.engine.sequence import Sequence
 
-MAX_DEFERRED = 16  # requests that may be passed over in one step, because what they need is being read
+MIN_MIXED_TOKENS = 16  # of prompts that are read in a step, however many decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one engine holds and what one step does.
 
-    max_sequences: running at once. max_waiting: requests that wait. max_step_tokens: tokens that a step reads at most.
+    max_sequences: running at once. max_waiting: requests that wait. max_step_tokens: tokens that a step should read.
     Raises RequestError when one is out of range.
     """
 
@@ -68,13 +71,22 @@ class Plan:
 class Scheduler:
     """Decides, admits, preempts; owns who runs and who waits, and their pages.
 
-    copy_rows(page, page, n): copies the first n rows of a page to another.
+    copy_rows(page, page, n): copies the first n rows of a page to another. restore(sequence): brings known pages of its
+    prompt back from elsewhere, some of them, and says whether there are more.
     """
 
-    def __init__(self, pool: PagePool, limits: Limits, *, copy_rows: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        limits: Limits,
+        *,
+        copy_rows: Callable[[int, int, int], None],
+        restore: Callable[[Sequence], bool] = lambda _: False,
+    ) -> None:
         self.pool = pool
         self.limits = limits
         self._copy_rows = copy_rows
+        self._restore = restore
         self.mixed_tokens = limits.max_step_tokens
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preempted = 0
@@ -128,12 +140,15 @@ class Scheduler:
             del self._served[tenant]
 
     def _decode(self, plan: Plan, num_drafts: int) -> None:
-        for sequence in list(self.running):
-            if sequence.num_unread > 1 or sequence not in self.running:
+        decoding = [sequence for sequence in self.running if sequence.num_unread == 1]
+        # Guesses leave something of the step to prompts, and nobody gives way for one.
+        spare = max(0, self.limits.max_step_tokens * 7 // 8 - len(decoding))
+        num_drafts = min(num_drafts, spare // max(1, len(decoding)))
+        for sequence in decoding:
+            if sequence not in self.running:
                 continue
             # The first guess comes from the MTP row of the last token read, which must be one of this run.
             can_draft = sequence.generation.drafts and sequence.num_valid < sequence.num_computed
-            # Nobody gives way for a guess.
             room = (len(sequence.pages) + self.pool.num_available) * self.pool.page_size - sequence.num_computed - 1
             drafts = max(0, min(num_drafts if can_draft else 0, sequence.num_left - 1, room))
             if self._make_room(sequence, sequence.num_computed + 1 + drafts):
@@ -144,15 +159,15 @@ class Scheduler:
         reading = [sequence for sequence in self.running if sequence.num_unread > 1]
         budget = self.limits.max_step_tokens - plan.num_tokens
         if plan.work:
-            budget = min(budget, self.mixed_tokens)
+            budget = max(min(budget, self.mixed_tokens), MIN_MIXED_TOKENS)
         shares = {}
         if reading:
             shares[reading[0].arrival] = min(reading[0].num_unread, -(-budget // 2))
             budget -= shares[reading[0].arrival]
         for sequence in sorted(reading, key=lambda sequence: sequence.num_unread):
             more = min(sequence.num_unread - shares.get(sequence.arrival, 0), budget)
-            shares[sequence.arrival] = shares.get(sequence.arrival, 0) + max(more, 0)
-            budget -= max(more, 0)
+            shares[sequence.arrival] = shares.get(sequence.arrival, 0) + more
+            budget -= more
         for sequence in reading:
             count = shares[sequence.arrival]
             is_running = sequence in self.running
@@ -160,31 +175,48 @@ class Scheduler:
                 plan.work.append(Work(sequence=sequence, num_tokens=count))
 
     def _admit(self) -> None:
-        deferred: set[Sequence] = set()
-        while (
-            len(self.running) < self.limits.max_sequences
-            and len(deferred) < MAX_DEFERRED
-            and (sequence := self._next(deferred)) is not None
-        ):
-            generation = sequence.generation
+        if not self._waiting:
+            return
+        num_running = Counter(sequence.generation.tenant for sequence in self.running)
+        share = -(-self.limits.max_sequences // len(num_running.keys() | self._waiting.keys()))
+        is_restoring = False
+        for sequence in self._candidates():
+            tenant = sequence.generation.tenant
+            if len(self.running) >= self.limits.max_sequences:
+                if num_running[tenant] >= share or (victim := self._youngest_above(share, num_running)) is None:
+                    return
+                self._preempt(victim)
+                num_running[victim.generation.tenant] -= 1
+            if num_running[tenant] >= share and len(num_running.keys() | self._waiting.keys()) > 1:
+                continue
+            if self._is_being_read(sequence):
+                continue
             match = PrefixMatch()
-            if not generation.scores_prompt:
-                match = self.pool.match(sequence.token_ids, generation.scope, sequence.prompt_keys)
+            if not sequence.generation.scores_prompt:
+                if not is_restoring and self._restore(sequence):
+                    is_restoring = True  # more of it is on the disk: it is looked at again in the next step
+                    continue
+                match = self.pool.match(sequence.token_ids, sequence.generation.scope, sequence.prompt_keys)
                 if self._is_being_read(sequence, len(match.pages)):
-                    deferred.add(sequence)
                     continue
             if not self._fits(sequence, match):
                 return
             self._leave_queue(sequence)
             self._begin(sequence, match)
+            num_running[tenant] += 1
 
-    def _next(self, deferred: set[Sequence]) -> Sequence | None:
-        """The first one waiting of the tenant that has been served least."""
-        for tenant in sorted(self._waiting, key=lambda name: self._served[name]):
-            for sequence in self._waiting[tenant]:
-                if sequence not in deferred:
-                    return sequence
-        return None
+    def _candidates(self) -> list[Sequence]:
+        """Who waits: one of each tenant in turn, whoever was served least first."""
+        tenants = sorted(self._waiting, key=lambda name: self._served[name])
+        rounds = zip_longest(*(self._waiting[tenant] for tenant in tenants))
+        return [sequence for turn in rounds for sequence in turn if sequence is not None]
+
+    def _youngest_above(self, share: int, num_running: Counter[str]) -> Sequence | None:
+        """The youngest request of the tenant that runs most, if these are more than its share."""
+        tenant, count = num_running.most_common(1)[0]
+        if count <= share:
+            return None
+        return next(sequence for sequence in reversed(self.running) if sequence.generation.tenant == tenant)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         queue = self._waiting[sequence.generation.tenant]
@@ -192,27 +224,28 @@ class Scheduler:
         if not queue:
             del self._waiting[sequence.generation.tenant]
 
-    def _is_being_read(self, sequence: Sequence, num_known: int) -> bool:
-        """Whether the next page after its `num_known` known ones is just being computed for a running sequence."""
-        if not self.running:
+    def _is_being_read(self, sequence: Sequence, num_known: int | None = None) -> bool:
+        """Whether its next page, behind `num_known` known ones, is just being computed for another one; remembered."""
+        if num_known is None:  # is it still, since it was asked last?
+            num_known = sequence.awaited_page
+        if num_known is None or num_known >= len(sequence.prompt_keys):
             return False
-        end = (num_known + 1) * self.pool.page_size + 1
-        if len(sequence.token_ids) < end:
-            return False
-        return any(
+        key, size = sequence.prompt_keys[num_known], self.pool.page_size
+        is_read = not self.pool.knows(key) and any(
             other.num_unread > 1
-            and other.num_valid < end
-            and other.generation.scope == sequence.generation.scope
-            and other.token_ids[:end] == sequence.token_ids[:end]
+            and other.num_valid <= (num_known + 1) * size
+            and other.prompt_key(num_known, size) == key
             for other in self.running
         )
+        sequence.awaited_page = num_known if is_read else None
+        return is_read
 
     def _fits(self, sequence: Sequence, match: PrefixMatch) -> bool:
         """Whether a whole prompt and a token more find pages, with one to spare for each sequence that runs."""
-        size = self.pool.page_size
-        num_new = -(-(len(sequence.token_ids) + 1) // size) - len(match.pages)
-        num_held = len([cached for cached in (*match.pages, match.partial) if cached is not None])
-        return not self.running or num_new + len(self.running) + num_held <= self.pool.num_available
+        num_new = -(-(len(sequence.token_ids) + 1) // self.pool.page_size) - len(match.pages)
+        cached = [*match.pages, *([match.partial] if match.partial is not None else [])]
+        num_taken = sum(not self.pool.is_live(known.page) for known in cached)
+        return not self.running or num_new + len(self.running) + num_taken <= self.pool.num_available
 
     def _begin(self, sequence: Sequence, match: PrefixMatch) -> None:
         for cached in match.pages:

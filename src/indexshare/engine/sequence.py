@@ -4,7 +4,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from indexshare.engine.pages import PrefixMatch, root_key
+from indexshare.engine.pages import PrefixMatch, page_key, root_key
 from indexshare.engine.sampler import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Sequence:
 
     token_ids: prompt and drawn tokens. num_computed: tokens in the cache. num_valid: of these, tokens whose rows are
     complete, the MTP layer's too. pages: in order. keys: of the known pages among them, after that of the scope.
-    prompt_keys: of the pages of its tokens, as far as they were looked up.
+    prompt_keys: of the pages of its tokens, as far as they were looked up. awaited_page: the one of them that it waits
+    for, because it is being computed for another sequence.
     """
 
     generation: Generation
@@ -71,6 +72,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     prompt_keys: list[bytes] = field(default_factory=list)
+    awaited_page: int | None = None
     num_preempted: int = 0
     state: Any = None  # the runner's
 
@@ -96,6 +98,16 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens that may still be drawn."""
         return self.generation.params.max_new_tokens - self.num_drawn
+
+    def prompt_key(self, index: int, page_size: int) -> bytes | None:
+        """The key of its page `index`, None when its tokens do not fill that one."""
+        if (index + 1) * page_size >= len(self.token_ids):
+            return None
+        while len(self.prompt_keys) <= index:
+            begin = len(self.prompt_keys) * page_size
+            parent = self.prompt_keys[-1] if self.prompt_keys else root_key(self.generation.scope)
+            self.prompt_keys.append(page_key(parent, self.token_ids[begin : begin + page_size + 1]))
+        return self.prompt_keys[index]
 
     def begin(self, match: PrefixMatch, page_size: int) -> None:
         """Start from a cached prefix."""
