@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from indexshare.engine.engine import Engine, EngineOptions
-from indexshare.engine.llm import LLM
+from indexshare.engine.grammar import GuideCompiler
+from indexshare.engine.llm import LLM, load
 from indexshare.engine.sampler import SampledToken, SamplingParams
 from indexshare.engine.scheduler import Limits
 from indexshare.engine.sequence import Generation, Output
@@ -355,3 +356,80 @@ def test_closing_lets_running_requests_finish_for_a_while(llm: LLM) -> None:
     assert served.last(short).ended == "length"
     assert served.last(endless).ended in ("cancelled", "length")
     assert served.engine.pool.num_live == 0
+
+
+def test_a_guide_that_fails_while_guessing_ends_at_most_its_own_request() -> None:
+    """Its grammar asks for a token that is not permitted, but only behind what the model says without drafts, too."""
+    nano = load("nano", device="cpu", threads=1)
+    compiler = GuideCompiler(nano.tokenizer, nano.config.vocab_size)
+    compiled = compiler.grammar('start: "Hello world and all the others" <|user|>')
+
+    def guided() -> Generation:
+        return Generation(
+            prompt_ids=tuple(nano.tokenizer.encode("def hello():")),
+            params=SamplingParams(max_new_tokens=30),
+            stop_ids=nano.chat_stop_ids,
+            guide=compiled.guide(nano.chat_stop_ids),
+        )
+
+    results = []
+    for num_drafts in (0, 3, 8):
+        served = Served(nano, num_drafts=num_drafts, adapts_drafts=False, page_size=64)
+        innocent = wish(30, 1, max_new_tokens=25)
+        bad = guided()
+        served.run(innocent, bad)
+        assert served.last(innocent).ended == "length" and len(served.tokens(innocent)) == 25
+        assert served.last(bad).ended == "error"
+        results.append([token.token_id for token in served.tokens(bad)])
+    assert results[0] == results[1] == results[2] and len(results[0]) > 3
+
+
+def test_an_engine_that_dies_tells_everybody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(llm)
+    first, second = wish(8, 1, max_new_tokens=50), wish(8, 2, max_new_tokens=5)
+
+    def die(plan: object) -> None:
+        served.engine.submit(second)  # while the step runs
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(served.engine._runner, "run", die)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    served.engine.submit(first)
+    served.engine.start()
+    assert served.engine._thread is not None
+    served.engine._thread.join(30)
+    assert served.last(first).ended == served.last(second).ended == "error"
+    with pytest.raises(OverloadedError):
+        served.engine.submit(wish(3))
+    assert served.engine.failure is not None and "a bug" not in served.engine.failure
+
+
+def test_rows_that_cannot_be_completed_cost_no_answer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(llm, num_drafts=2)
+    generation, again = wish(20, 1, max_new_tokens=6), wish(20, 1, max_new_tokens=6)
+
+    def fail(sequence: object) -> None:
+        raise KernelError("no")
+
+    monkeypatch.setattr(served.engine._runner, "complete", fail)
+    first = served.run(generation)
+    assert served.last(generation).ended == "length"
+    monkeypatch.undo()
+    assert served.run(again) == first
+
+
+def test_closing_without_patience_ends_what_was_just_submitted(llm: LLM) -> None:
+    for _ in range(5):
+        served = Served(llm, cache_tokens=8192)
+        endless = wish(8, 2, max_new_tokens=8000)
+        served.engine.start()
+        served.engine.submit(endless)
+        served.engine.close(drain_seconds=0.0)
+        assert served.last(endless).ended == "cancelled"
+
+
+def test_ended_replies_do_not_count_as_waiting(llm: LLM) -> None:
+    served = Served(llm, limits=Limits(max_waiting=2))
+    for _ in range(10):
+        served.engine.cancel(wish(3))
+    served.engine.submit(wish(5, 1, max_new_tokens=2))

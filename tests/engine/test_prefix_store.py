@@ -62,6 +62,33 @@ def test_another_tenant_another_model_another_page_size_find_nothing(
     assert ask(other, tmp_path, replace(request_))[0].num_cached_tokens == 0
 
 
+def test_weights_held_in_another_way_find_nothing(tmp_path: Path) -> None:
+    ask_for = Generation(prompt_ids=tuple(range(20, 161)), params=SamplingParams(max_new_tokens=4))
+    options = {"page_size": 64, "cache_tokens": 4096}
+    for quant in (None, "int8", "int4"):
+        llm = load("nano", device="cpu", threads=1, quant=quant)
+        cold = ask(llm, tmp_path, replace(ask_for), **options)
+        assert cold[0].num_cached_tokens == 0, quant
+        assert ask(llm, tmp_path, replace(ask_for), **options)[0].num_cached_tokens == 128
+
+
+def test_something_else_in_the_place_of_a_page_is_a_miss(tiny_llm: LLM, tmp_path: Path, request_: Generation) -> None:
+    first = ask(tiny_llm, tmp_path, request_)
+    for file in pages(tmp_path):
+        file.unlink()
+        file.mkdir()
+        (file / "x").touch()
+    assert tokens(ask(tiny_llm, tmp_path, replace(request_))) == tokens(first)
+
+
+def test_a_purged_store_goes_on(tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path, "model", max_bytes=10**6)
+    purge(tmp_path)
+    assert store.put("t", KEY, b"rows")
+    store.close()
+    assert len(pages(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "magic", "longer"])
 def test_a_damaged_page_is_skipped_and_removed(
     tiny_llm: LLM, tmp_path: Path, request_: Generation, damage: str

@@ -18,23 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from indexshare import runtime
+from indexshare import __version__, runtime
 from indexshare.engine.cache import DEFAULT_PAGE_SIZE, PagedCache, bytes_per_token, num_pages_for, required_bytes
 from indexshare.engine.draft_length import DraftLength
 from indexshare.engine.llm import LLM
-from indexshare.engine.pages import page_key, root_key
+from indexshare.engine.pages import root_key
 from indexshare.engine.prefix_store import PrefixStore
 from indexshare.engine.runner import Result, Runner
 from indexshare.engine.sampler import check_integer
-from indexshare.engine.scheduler import Limits, Plan, Scheduler
+from indexshare.engine.scheduler import MIN_MIXED_TOKENS, Limits, Plan, Scheduler
 from indexshare.engine.sequence import Ended, Generation, Output, Sequence
 from indexshare.engine.speculative import DEFAULT_NUM_DRAFT_TOKENS, MAX_DRAFT_TOKENS
 from indexshare.errors import IndexShareError, MemoryLimitError, OverloadedError, RequestError
 from indexshare.model.config import GlmConfig
+from indexshare.model.glm import weights_of
 
 logger = logging.getLogger(__name__)
 
-MIN_MIXED_TOKENS = 16
+FAILURES = (IndexShareError, RuntimeError, MemoryError)  # of one step; anything else ends the engine
+RESTORED_BYTES = 64 * 2**20  # of pages that are read from the disk before one step
 DEFAULT_CACHE_BYTES = 4 * 2**30
 
 
@@ -95,7 +97,7 @@ class Engine:
         self._bytes_per_token = bytes_per_token(config, llm.dtype, with_mtp=with_mtp, formats=llm.caches)
         self.context_length = min(self.num_pages * options.page_size, config.max_position_embeddings)
         self._runner = Runner(llm.model, cache, with_mtp=with_mtp)
-        self._scheduler = Scheduler(self.pool, options.limits, copy_rows=cache.copy_rows)
+        self._scheduler = Scheduler(self.pool, options.limits, copy_rows=cache.copy_rows, restore=self._restore)
         self._draft_length = DraftLength(num_drafts, is_fixed=not options.adapts_drafts)
         self._store: PrefixStore | None = None
         if options.prefix_store is not None:
@@ -104,12 +106,15 @@ class Engine:
         self._deliver = deliver
         self._sequences: dict[Generation, Sequence] = {}
         self._inbox: deque[tuple[Generation, bool]] = deque()  # (request, whether it is cancelled)
+        self._num_submitted = 0  # requests in the inbox
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._deadline = 0.0  # when what still runs is cancelled, once it is closing
         self.failure: str | None = None
         self._num_arrived = 0
         self._rate = 0.0  # tokens per second, of steps that read prompts
+        self._waiting_tokens = 0
         self._totals: dict[str, float] = dict.fromkeys(
             ("steps", "prompt_tokens", "cached_tokens", "drawn_tokens", "requests", "step_seconds"), 0.0
         )
@@ -123,20 +128,22 @@ class Engine:
         """
         if not generation.prompt_ids:
             raise RequestError("the prompt is empty: give at least one token")
-        num_tokens = len(generation.prompt_ids) + generation.params.max_new_tokens
+        num_new = 0 if generation.draws_nothing else generation.params.max_new_tokens
+        num_tokens = len(generation.prompt_ids) + num_new
         if num_tokens > self.context_length:
             raise MemoryLimitError(
-                f"{len(generation.prompt_ids):,} prompt tokens and {generation.params.max_new_tokens:,} new ones need "
+                f"{len(generation.prompt_ids):,} prompt tokens and {num_new:,} new ones need "
                 f"{num_tokens * self._bytes_per_token:,} bytes of cache; one request may have {self.context_length:,} "
                 "tokens here: send a shorter prompt or ask for fewer tokens"
             )
         with self._changed:
             if self._closing or self.failure is not None:
                 raise OverloadedError("the server is shutting down", retry_after=30.0)
-            if self._scheduler.num_waiting + len(self._inbox) >= self.options.limits.max_waiting:
+            if self._scheduler.num_waiting + self._num_submitted >= self.options.limits.max_waiting:
                 raise OverloadedError(
                     f"{self.options.limits.max_waiting} requests are waiting already", retry_after=self._retry_after()
                 )
+            self._num_submitted += 1
             self._inbox.append((generation, False))
             self._changed.notify()
 
@@ -155,6 +162,7 @@ class Engine:
             outputs += self._run(plan)
         if outputs:
             self._deliver(outputs)
+        self._waiting_tokens = self._scheduler.num_waiting_tokens
         self.pool.check_counts()
         assert self._sequences or self.pool.num_live == 0, "pages are live although nothing runs"
         return bool(plan.work or outputs)
@@ -167,14 +175,10 @@ class Engine:
 
     def close(self, *, drain_seconds: float = 0.0) -> None:
         """Accept nothing more, let what runs go on for so long, then end it; waits until the thread has ended."""
-        deadline = time.monotonic() + drain_seconds
         with self._changed:
+            self._deadline = time.monotonic() + drain_seconds
             self._closing = True
             self._changed.notify()
-        while self._thread is not None and self._sequences and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for generation in list(self._sequences):
-            self.cancel(generation)
         if self._thread is not None:
             self._thread.join()
         else:
@@ -214,50 +218,61 @@ class Engine:
                         return
                 self.step()
         except BaseException as error:
-            self.failure = f"the engine has stopped: {type(error).__name__}"
             logger.exception("the engine has stopped")
-            self._deliver([_ended(generation, "error", self.failure) for generation in self._sequences])
+            with self._changed:
+                self.failure = f"the engine has stopped: {type(error).__name__}"
+                left = {generation for generation, is_cancelled in self._inbox if not is_cancelled}
+                self._inbox.clear()
+            self._deliver([_ended(generation, "error", self.failure) for generation in {*self._sequences, *left}])
             self._sequences.clear()
             raise
 
     def _take_inbox(self) -> list[Output]:
         outputs = []
-        while self._inbox:
-            generation, is_cancelled = self._inbox.popleft()
+        with self._changed:
+            inbox, self._inbox, self._num_submitted = self._inbox, deque(), 0
+            is_over = self._closing and time.monotonic() >= self._deadline
+        for generation, is_cancelled in inbox:
             if not is_cancelled:
-                self._restore(generation)
                 self._sequences[generation] = sequence = Sequence.of(generation, self._num_arrived)
                 self._num_arrived += 1
                 self._scheduler.add(sequence)
             elif (found := self._sequences.get(generation)) is not None:
                 self._end(found)
                 outputs.append(_ended(generation, "cancelled"))
+        for sequence in list(self._sequences.values()) if is_over else ():
+            self._end(sequence)
+            outputs.append(_ended(sequence.generation, "cancelled"))
         return outputs
 
     def _run(self, plan: Plan) -> list[Output]:
         begun = time.perf_counter()
         try:
             results = self._runner.run(plan)
-        except (IndexShareError, RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             # Nothing says which request it was: all of this step end, and the engine goes on.
             logger.exception("a step failed")
             results = [Result(work=item, error=_describe(error)) for item in plan.work]
-        outputs = [output for result in results if (output := self._commit(result)) is not None]
-        self._measure(plan, results, time.perf_counter() - begun)
-        return outputs
+        else:
+            self._measure(plan, results, time.perf_counter() - begun)
+        return [output for result in results if (output := self._commit(result)) is not None]
 
     def _commit(self, result: Result) -> Output | None:
         sequence, generation = result.work.sequence, result.work.sequence.generation
         ended: Ended | None = None
         if result.error is not None:
-            sequence.num_valid = min(sequence.num_valid, (len(sequence.keys) - 1) * self.options.page_size)
+            self._distrust(sequence)
             ended = "error"
         elif result.tokens and result.tokens[-1].token_id in generation.stop_ids:
             ended = "stop"
         elif sequence.num_left == 0 or (generation.draws_nothing and sequence.num_unread == 0):
             ended = "length"
         if ended in ("stop", "length"):
-            self._runner.complete(sequence)
+            try:
+                self._runner.complete(sequence)
+            except FAILURES:  # the answer is complete; only what others could reuse is not
+                logger.exception("a step failed")
+                self._distrust(sequence)
         if ended is None:
             self._scheduler.commit(sequence)
         else:
@@ -274,6 +289,10 @@ class Engine:
             error=result.error,
         )
 
+    def _distrust(self, sequence: Sequence) -> None:
+        """Of its rows only those in pages that are known already are used again."""
+        sequence.num_valid = min(sequence.num_valid, (len(sequence.keys) - 1) * self.options.page_size)
+
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.generation]
         self._keep(sequence)
@@ -281,36 +300,40 @@ class Engine:
         self._totals["requests"] += 1
         self._totals["cached_tokens"] += sequence.num_cached
 
-    def _restore(self, generation: Generation) -> None:
-        """Bring pages of its prompt back from the disk, as far as there is room for them."""
-        if self._store is None or generation.scores_prompt:
-            return
-        size, scope, token_ids = self.options.page_size, generation.scope, generation.prompt_ids
-        known = self.pool.match(token_ids, scope).pages
+    def _restore(self, sequence: Sequence) -> bool:
+        """Bring pages of its prompt back from the disk, as far as there is room; whether there may be more of them."""
+        if self._store is None:
+            return False
+        size, scope, token_ids = self.options.page_size, sequence.generation.scope, sequence.token_ids
+        known = self.pool.match(token_ids, scope, sequence.prompt_keys).pages
         for cached in known:
             self.pool.share(cached)  # so that they are not evicted for the ones behind them
-        pages, key = [cached.page for cached in known], known[-1].key if known else root_key(scope)
-        while (end := (len(pages) + 1) * size + 1) <= len(token_ids) and self.pool.num_available > 0:
-            tokens = token_ids[end - size - 1 : end]
-            rows = self._store.get(scope, page_key(key, tokens), self.cache.page_bytes)
+        pages, parent = [cached.page for cached in known], known[-1].key if known else root_key(scope)
+        num_left = max(1, RESTORED_BYTES // self.cache.page_bytes)
+        while num_left > 0 and self.pool.num_available > 0 and (key := sequence.prompt_key(len(pages), size)):
+            rows = self._store.get(scope, key, self.cache.page_bytes)
             if rows is None:
                 break
             page = self.pool.allocate(1)[0]
             self.cache.write_page(page, rows)
-            cached = self.pool.register(page, key, tokens, scope)
-            pages.append(cached.page)
-            key = cached.key
+            begin = len(pages) * size
+            pages.append(self.pool.register(page, parent, token_ids[begin : begin + size + 1], scope).page)
+            parent = key
+            num_left -= 1
         self.pool.release(pages)
+        return num_left == 0
 
     def _keep(self, sequence: Sequence) -> None:
         """Hand the full pages of a sequence that ends to the store."""
-        if self._store is None:
+        if self._store is None or sequence not in self._scheduler.running:
             return
         self._scheduler.commit(sequence)
         scope = sequence.generation.scope
         for key, page in zip(sequence.keys[1:], sequence.pages, strict=False):
-            if (scope, key) not in self._store:
-                self._store.put(scope, key, self.cache.read_page(page))
+            if (scope, key) in self._store:
+                continue
+            if not self._store.put(scope, key, self.cache.read_page(page)):
+                break  # the disk does not keep up
 
     def _measure(self, plan: Plan, results: Items[Result], seconds: float) -> None:
         totals = self._totals
@@ -333,10 +356,7 @@ class Engine:
 
     def _retry_after(self) -> float:
         """Seconds until about half of what waits should be done."""
-        waiting = sum(
-            len(sequence.token_ids) + sequence.generation.params.max_new_tokens for sequence in self._scheduler.waiting
-        )
-        return min(60.0, max(1.0, waiting / 2 / self._rate if self._rate else 1.0))
+        return min(60.0, max(1.0, self._waiting_tokens / 2 / self._rate if self._rate else 1.0))
 
 
 def _num_drafts(wanted: int | None, config: GlmConfig) -> int:
@@ -357,11 +377,19 @@ def _affordable_tokens(llm: LLM, with_mtp: bool) -> int:
 
 
 def _fingerprint(llm: LLM, page_size: int, with_mtp: bool) -> str:
-    """What decides the bytes of a page: the weights (by name, size and time of their files), formats, the page."""
+    """What decides the bytes of a page: the weights and how they are held, kernels, formats, the page."""
     files = [] if llm.load_report is None else sorted(llm.directory.glob("*.safetensors"))
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = (llm.config, llm.dtype, llm.caches, page_size, with_mtp, weights, sorted(llm.model.state_dict()))
-    return repr(parts)
+    stored = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    held = [
+        (name, type(weight).__name__, tuple(weight.shape), str(getattr(weight, "dtype", "")), _format(weight))
+        for name, weight in sorted(weights_of(llm.model).items())
+    ]
+    is_packed = llm.model.stack.packed is not None
+    return repr((__version__, llm.config, llm.device.type, is_packed, llm.caches, page_size, with_mtp, stored, held))
+
+
+def _format(weight: object) -> str:
+    return f"{getattr(weight, 'format', '')} {getattr(weight, 'group_size', '')}"
 
 
 def _ended(generation: Generation, how: Ended, error: str | None = None) -> Output:

@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"IXSPAGE1"
 DIGEST_BYTES = 32
-QUEUED_PAGES = 256  # pages that wait to be written; more are not kept
+QUEUED_BYTES = 256 * 2**20  # of pages that wait to be written; more are not kept
 _DIRECTORY = re.compile(r"(model|tenant)-[0-9a-f]{32}")
 _FILE = re.compile(r"[0-9a-f]{32}\.page(\.part)?")
 
@@ -39,30 +40,40 @@ class PrefixStore:
         self.num_written = self.num_read = self.num_damaged = 0
         self._lock = threading.Lock()
         self._sizes: OrderedDict[Path, int] = OrderedDict()  # least recently used first
+        self._num_bytes = 0
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             files = [(file.stat(), file) for file in self._root.glob("tenant-*/*.page")]
+            for part in self._root.glob("tenant-*/*.part"):  # of a process that ended while it wrote
+                if part.stat().st_mtime < time.time() - 3600:
+                    part.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot use {directory} for prefixes: {error.strerror}") from error
         for status, file in sorted(files, key=lambda found: found[0].st_mtime):
             self._sizes[file] = status.st_size
-        self._queue: queue.Queue[tuple[Path, bytes] | None] = queue.Queue(QUEUED_PAGES)
+            self._num_bytes += status.st_size
+        self._queue: queue.Queue[tuple[Path, bytes] | None] = queue.Queue()
+        self._num_queued_bytes = 0
         self._writer = threading.Thread(target=self._write_all, name="prefixes", daemon=True)
         self._writer.start()
 
     @property
     def num_bytes(self) -> int:
         with self._lock:
-            return sum(self._sizes.values())
+            return self._num_bytes
 
     def __contains__(self, page: tuple[str, bytes]) -> bool:
         with self._lock:
             return self._file(*page) in self._sizes
 
-    def put(self, tenant: str, key: bytes, rows: bytes) -> None:
-        """Keep a page, soon. When the disk does not keep up it is not kept."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait((self._file(tenant, key), rows))
+    def put(self, tenant: str, key: bytes, rows: bytes) -> bool:
+        """Keep a page, soon; False when the disk does not keep up, and the page is not kept."""
+        with self._lock:
+            if self._num_queued_bytes > QUEUED_BYTES:
+                return False
+            self._num_queued_bytes += len(rows)
+        self._queue.put((self._file(tenant, key), rows))
+        return True
 
     def get(self, tenant: str, key: bytes, num_bytes: int) -> bytes | None:
         """The rows of a page, or None when they are not there or damaged."""
@@ -73,7 +84,8 @@ class PrefixStore:
             self._sizes.move_to_end(file)
         try:
             content = file.read_bytes()
-            os.utime(file)
+            with contextlib.suppress(OSError):  # only its place in the order
+                os.utime(file)
         except OSError:
             self._remove(file)
             return None
@@ -101,12 +113,15 @@ class PrefixStore:
                 self._write(*item)
             except OSError as error:  # no space, no permission: serving goes on
                 logger.warning("a page could not be kept: %s", error.strerror)
+            with self._lock:
+                self._num_queued_bytes -= len(item[1])
 
     def _write(self, file: Path, rows: bytes) -> None:
         with self._lock:
             if file in self._sizes:
                 return
-        file.parent.mkdir(mode=0o700, exist_ok=True)
+        for directory in (self._root, file.parent):  # `purge` may have removed them
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = file.with_name(file.name + ".part")
         try:
             with open(part, "wb", opener=_private) as stream:
@@ -117,7 +132,8 @@ class PrefixStore:
             raise
         with self._lock:
             self._sizes[file] = len(MAGIC) + DIGEST_BYTES + len(rows)
-            surplus = sum(self._sizes.values()) - self._max_bytes
+            self._num_bytes += self._sizes[file]
+            surplus = self._num_bytes - self._max_bytes
             oldest = []
             for other, size in self._sizes.items():
                 if surplus <= 0:
@@ -130,8 +146,9 @@ class PrefixStore:
 
     def _remove(self, file: Path) -> None:
         with self._lock:
-            self._sizes.pop(file, None)
-        file.unlink(missing_ok=True)
+            self._num_bytes -= self._sizes.pop(file, 0)
+        with contextlib.suppress(OSError):  # something else is there, or it is not ours: then it stays
+            file.unlink(missing_ok=True)
 
 
 def purge(directory: Path) -> int:

@@ -98,8 +98,10 @@ class Scheduler:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def waiting(self) -> list[Sequence]:
-        return [sequence for queue in self._waiting.values() for sequence in queue]
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the waiting requests may still read and draw."""
+        waiting = (sequence for queue in self._waiting.values() for sequence in queue)
+        return sum(len(sequence.token_ids) + sequence.num_left for sequence in waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Let a new request wait for its turn."""
