@@ -44,8 +44,8 @@ FIELDS = sorted(
 WORDS = (
     "user assistant system developer tool text thinking redacted_thinking tool_use tool_result tool_reference image "
     "function function_call function_call_output reasoning message input_text output_text reasoning_text namespace "
-    "custom enabled disabled adaptive auto none any required json_object json_schema regex grammar low high max minimal "
-    "nano {} []"
+    "custom enabled disabled adaptive auto none any required json_object json_schema regex grammar low high max "
+    "minimal nano {} []"
 ).split()
 
 LEAVES = st.one_of(

@@ -12,7 +12,10 @@ from server.live import run, serving
 
 from indexshare.chat.types import Done, Reasoning, Text, ToolCallEvent
 from indexshare.engine.llm import LLM
+from indexshare.engine.reply import chat_prompt
 from indexshare.errors import IndexShareError, MemoryLimitError, RequestError
+from indexshare.server.reading import ReadingReport
+from indexshare.server.system_prompt import stable
 from indexshare.server.types import ChatRequest, CompletionRequest, OutputFormat, ToolChoice
 
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
@@ -142,6 +145,48 @@ def test_tools_that_must_not_be_called_are_not(nano: LLM) -> None:
     assert result["calls"] == []
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_with_tools_and_a_schema_the_reply_is_json_or_calls(nano: LLM, parallel: bool) -> None:
+    requests = [
+        ChatRequest(
+            messages=HELLO,
+            tools=[WEATHER],
+            tool_choice=ToolChoice(parallel=parallel),
+            output_format=OutputFormat(kind="json_schema", definition=SCHEMA),
+            enable_thinking=False,
+            sampling={"max_new_tokens": 300, "temperature": 2.0, "top_k": 40, "seed": seed},
+        )
+        for seed in range(12)
+    ]
+    results = ask(nano, *requests)
+    ended = [result for result in results if result["reason"] != "length"]
+    assert len(ended) > 6
+    for result in ended:
+        if result["calls"]:
+            assert result["text"].strip() == "" and (parallel or len(result["calls"]) == 1)
+        else:
+            jsonschema.validate(json.loads(result["text"]), SCHEMA)
+
+
+def test_what_does_not_go_together_is_refused(nano: LLM) -> None:
+    formats = OutputFormat(kind="regex", definition="a+")
+    for request in (
+        ChatRequest(messages=HELLO, tools=[WEATHER], output_format=formats),
+        ChatRequest(messages=HELLO, tools=[WEATHER], tool_choice=ToolChoice(mode="required"), output_format=formats),
+    ):
+        with pytest.raises(RequestError, match="format"):
+            ask(nano, request)
+    request = ChatRequest(
+        messages=HELLO,
+        tools=[{**WEATHER, "function": {**WEATHER["function"], "strict": True}}],
+        tool_choice=ToolChoice(mode="none"),
+        output_format=formats,
+        enable_thinking=False,
+        sampling={"max_new_tokens": 3},
+    )
+    assert set(ask(nano, request)[0]["text"]) == {"a"}
+
+
 @pytest.mark.parametrize("budget", [0, 1, 4])
 def test_a_budget_closes_the_thinking_and_the_answer_comes(nano: LLM, budget: int) -> None:
     sampling = {"max_new_tokens": 80, "temperature": 0.0}
@@ -248,6 +293,36 @@ def test_what_was_read_comes_as_byte_ranges(nano: LLM) -> None:
             assert limit // 2 < inside < len(text)
             drawn = sum(len(nano.tokenizer.encode(t["text"])) > 0 for t in tokens[:index])
             assert ranges[-1][1] <= len(text) + 40 * max(1, drawn)
+
+
+def test_messages_are_found_where_they_stand(nano: LLM) -> None:
+    messages = [
+        {"role": "system", "content": "x-anthropic-billing-header: cch=1\nmax"},
+        {"role": "user", "content": "s"},
+        {"role": "assistant", "content": "user"},
+        {"role": "user", "content": "o"},
+        {"role": "assistant", "content": " changed by the template "},
+        {"role": "user", "content": "é中"},
+    ]
+    prompt = chat_prompt(nano.tokenizer, nano.template, stable(messages))
+    header = ReadingReport(nano.config, nano.tokenizer, prompt.token_ids, messages).header["prompt"]
+    text = header["text"].encode()
+    found = {place["index"]: (place["role"], place["start"], place["end"]) for place in header["messages"]}
+    assert sorted(found) == [0, 1, 2, 3, 5] or sorted(found) == [1, 2, 3, 5]
+    for index, (role, start, end) in found.items():
+        if index > 0:
+            assert text[start:end].decode() == messages[index]["content"]
+            opener = {"user": b"<|user|>", "assistant": b"</think>"}[role]
+            assert text[:start].endswith(opener)
+
+
+def test_a_reply_with_what_was_read_is_bounded(nano: LLM) -> None:
+    with pytest.raises(RequestError, match="ask for fewer tokens"):
+        ask(
+            nano,
+            ChatRequest(messages=HELLO, wants_selection=True, sampling={"max_new_tokens": 10**6}),
+            cache_tokens=2**21,
+        )
 
 
 def test_scores_of_a_prompt(nano: LLM) -> None:

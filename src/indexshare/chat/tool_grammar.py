@@ -89,15 +89,23 @@ def callable_tools(tools: Sequence[Mapping[str, Any]], *, name: str | None = Non
 
 
 def tool_call_grammar(
-    tools: Sequence[CallableTool], *, exact: Collection[str], required: bool, parallel: bool = True
+    tools: Sequence[CallableTool],
+    *,
+    exact: Collection[str],
+    required: bool,
+    parallel: bool = True,
+    answer: str | None = None,
 ) -> str:
     """The grammar of a reply that calls these tools. exact: names of those whose calls follow their schema.
 
     required: calls and nothing before them but white space, at least one; else free text, then calls. Not parallel: at
-    most one call. Raises RequestError, which names the tool, where a schema cannot be expressed.
+    most one call. answer: a JSON schema as text; then the reply is either JSON under it, or calls.
+    Raises RequestError, which names the tool, where a schema cannot be expressed.
     """
     many = "+" if parallel else ""
     start = f"CALL_SPACE? call{many}" if required else f"CALL_TEXT? {'call*' if parallel else 'call?'}"
+    if answer is not None:
+        start = f"answer | CALL_SPACE? call{many}\nanswer: %json {answer}"
     names = [f"call_{index}" for index in range(len(tools))]
     lines = [f"start: {start}", f"call: <tool_call> ({' | '.join(names)}) </tool_call>"]
     for rule, tool in zip(names, tools, strict=True):

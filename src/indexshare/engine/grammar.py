@@ -113,10 +113,17 @@ class GuideCompiler:
         return self._compile("grammar", LLMatcher.grammar_from_lark(text))
 
     def tool_calls(
-        self, tools: Sequence[Mapping[str, Any]], *, required: bool, name: str | None = None, parallel: bool = True
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        required: bool,
+        name: str | None = None,
+        parallel: bool = True,
+        answer: Mapping[str, Any] | bool | None = None,
     ) -> CompiledGuide:
         """GLM tool calls: `required` (or `name`, that one only) means calls and nothing else, at least one; otherwise
-        free text may come first and calls may follow. Not parallel: at most one call.
+        free text may come first and calls may follow. Not parallel: at most one call. answer: a schema; the reply is
+        then either JSON under it, or calls.
 
         A tool with "strict": true is called exactly as its schema says. So are all tools when calls are required,
         except those whose schema cannot be expressed: they keep a known name and well-formed tags.
@@ -125,19 +132,20 @@ class GuideCompiler:
         table = callable_tools(tools, name=name)
         required = required or name is not None
         enforced = [tool for tool in table if tool.strict or required]
+        rules: dict[str, Any] = {"required": required, "parallel": parallel}
+        if answer is not None:
+            rules["answer"] = _schema_text(answer)
         try:
-            return self._calls(table, enforced, required=required, parallel=parallel)
+            return self._calls(table, enforced, **rules)
         except RequestError:
             # Some schema cannot be expressed. Do without it, unless the tool is strict: then that is the error.
             enforced = [tool for tool in enforced if tool.strict or self._is_expressible(tool)]
-            return self._calls(table, enforced, required=required, parallel=parallel)
+            return self._calls(table, enforced, **rules)
 
-    def _calls(
-        self, tools: Sequence[CallableTool], enforced: Sequence[CallableTool], *, required: bool, parallel: bool
-    ) -> CompiledGuide:
+    def _calls(self, tools: Sequence[CallableTool], enforced: Sequence[CallableTool], **rules: Any) -> CompiledGuide:
         for tool in enforced:
             _schema_text(tool.parameters, f"the schema of tool {tool.name!r}")
-        text = tool_call_grammar(tools, exact={tool.name for tool in enforced}, required=required, parallel=parallel)
+        text = tool_call_grammar(tools, exact={tool.name for tool in enforced}, **rules)
         if len(text) > _MAX_TOOLS_GRAMMAR_BYTES:
             raise RequestError("the schemas of these tools are too large together: send fewer tools")
         return self._compile("tools", LLMatcher.grammar_from_lark(text))

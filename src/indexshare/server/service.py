@@ -10,30 +10,35 @@ import secrets
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from indexshare.chat.parser import EventParser
 from indexshare.chat.template import resolve_effort
-from indexshare.chat.types import Done, Error, Event, Message, Start, Usage
+from indexshare.chat.types import Error, Event, Start, Usage
 from indexshare.engine.engine import Engine, EngineOptions
-from indexshare.engine.grammar import CompiledGuide, GuideCompiler
+from indexshare.engine.grammar import GuideCompiler
 from indexshare.engine.guide import Guide
 from indexshare.engine.llm import LLM
 from indexshare.engine.reply import ChatPrompt, ReplyDecoder, chat_prompt
 from indexshare.engine.sampler import SampledToken, SamplingParams
 from indexshare.engine.sequence import Generation, Output
 from indexshare.errors import OverloadedError, RequestError
+from indexshare.server.constraints import compile_format, compile_request
 from indexshare.server.http import ApiError
 from indexshare.server.reading import ReadingReport
 from indexshare.server.system_prompt import stable
-from indexshare.server.types import ChatRequest, CompletionRequest, OutputFormat, Piece
+from indexshare.server.types import ChatRequest, CompletionRequest, Piece
 
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 4096
 MAX_PREPARING = 8  # requests that are rendered and tokenized at once; more wait
 MAX_WAITING_TO_PREPARE = 256
+MAX_PROMPT_LOGPROBS = 400_000
+MAX_REPORTED_RANGES = 20_000_000  # of what was selected, in one reply
 
 
 class EngineService:
@@ -64,8 +69,9 @@ class EngineService:
         self._compiler: GuideCompiler | None = None
         # Weak, so that a reply that nobody ever reads is cancelled like one that is not read to its end.
         self._replies: WeakValueDictionary[Generation, EngineReply] = WeakValueDictionary()
-        self._preparing = asyncio.Semaphore(MAX_PREPARING)
+        self._workers = ThreadPoolExecutor(MAX_PREPARING, thread_name_prefix="prepare")
         self._num_preparing = 0
+        self._num_reported = 1  # tokens that a reply with what was selected may have
         self._not_ready: str | None = "the model is loading"
 
     @property
@@ -85,12 +91,14 @@ class EngineService:
         self._compiler = compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
         await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
         self.context_length = engine.context_length
+        groups = sum(llm.config.is_full(layer) for layer in range(llm.config.num_hidden_layers))
+        self._num_reported = max(1, MAX_REPORTED_RANGES // (groups * llm.config.index_topk))
         engine.start()
-        self._not_ready = "the first token is being generated"
         warm_up = Generation(
             prompt_ids=tuple(llm.tokenizer.encode("Hello")), params=SamplingParams(max_new_tokens=2), scope="\0warm-up"
         )
-        async for piece in self._reply(warm_up, None, None).pieces():
+        self._not_ready = "the first token is being generated"
+        async for piece in self._submit(warm_up, None, None).pieces():
             if isinstance(error := piece.events[-1], Error):
                 raise RequestError(f"the model cannot generate: {error.message}")
         self._not_ready = None
@@ -100,6 +108,7 @@ class EngineService:
         self._not_ready = "the server is shutting down"
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close, drain_seconds=drain_seconds)
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def stats(self) -> Mapping[str, Any]:
         """`Engine.stats`, empty while the model is loading."""
@@ -108,8 +117,8 @@ class EngineService:
     async def chat(self, request: ChatRequest, *, tenant: str) -> "EngineReply":
         """See `server.types.Service`."""
         llm, _ = self._ready()
-        prompt, guide = await self._prepare(lambda: self._prepare_chat(llm, request))
-        params = self._params(request.sampling, llm.generation.sampling, len(prompt.token_ids))
+        prompt, guide, report = await self._prepare(lambda: self._prepare_chat(llm, request))
+        params = self._params(request.sampling, llm.generation.sampling, len(prompt.token_ids), report is not None)
         generation = Generation(
             prompt_ids=tuple(prompt.token_ids),
             params=params,
@@ -120,10 +129,7 @@ class EngineService:
             drafts=_may_draft(params, request.sampling),
             wants_selection=request.wants_selection,
         )
-        messages = (
-            [Message.from_dict(message).to_dict() for message in request.messages] if request.wants_selection else []
-        )
-        return self._submit(generation, prompt, messages)
+        return self._submit(generation, prompt.parser, report)
 
     async def complete(self, request: CompletionRequest, *, tenant: str) -> "EngineReply":
         """See `server.types.Service`."""
@@ -133,18 +139,23 @@ class EngineService:
         if draws_nothing:
             del sampling["max_new_tokens"]
 
-        def prepare() -> tuple[tuple[int, ...], Guide | None]:
+        def prepare() -> tuple[tuple[int, ...], Guide | None, ReadingReport | None]:
             prompt = request.prompt
             if isinstance(prompt, str):
                 token_ids = llm.tokenizer.encode(prompt)
             else:
                 token_ids = list(prompt)
                 check_token_ids(token_ids, llm.tokenizer.vocab_size)
-            compiled = _compile_format(compiler, request.output_format)
-            return tuple(token_ids), None if compiled is None else compiled.guide(llm.stop_ids)
+            compiled = compile_format(compiler, request.output_format)
+            report = ReadingReport(llm.config, llm.tokenizer, token_ids) if request.wants_selection else None
+            return tuple(token_ids), None if compiled is None else compiled.guide(llm.stop_ids), report
 
-        token_ids, guide = await self._prepare(prepare)
-        params = self._params(sampling, {}, len(token_ids))
+        token_ids, guide, report = await self._prepare(prepare)
+        params = self._params(sampling, {}, len(token_ids), report is not None)
+        if request.echo and (params.logprobs or 0) * len(token_ids) > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"echo reports at most {MAX_PROMPT_LOGPROBS:,} log-probabilities: ask for fewer, or a shorter prompt"
+            )
         generation = Generation(
             prompt_ids=token_ids,
             params=params,
@@ -157,7 +168,7 @@ class EngineService:
             draws_nothing=draws_nothing,
             wants_selection=request.wants_selection,
         )
-        return self._submit(generation, None, [])
+        return self._submit(generation, None, report)
 
     async def encode_chat(self, request: ChatRequest) -> list[int]:
         """The prompt that `chat` would read."""
@@ -189,15 +200,22 @@ class EngineService:
         return self._llm, self._compiler
 
     async def _prepare(self, work: Callable[[], T]) -> T:
-        """Run the preparation of a request in a worker thread."""
+        """Run the preparation of a request in a worker thread; it takes its place there until it has ended."""
         if self._num_preparing >= MAX_WAITING_TO_PREPARE:
             raise OverloadedError("too many requests are being read already", retry_after=2.0)
         self._num_preparing += 1
-        try:
-            async with self._preparing:
-                return await asyncio.to_thread(work)
-        finally:
-            self._num_preparing -= 1
+        future = self._workers.submit(work)
+        future.add_done_callback(self._prepared)
+        return await asyncio.wrap_future(future)
+
+    def _prepared(self, _: Future[Any]) -> None:
+        """Called in the worker's thread, or in the loop's when the client left while it waited."""
+        with contextlib.suppress(RuntimeError):
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._count_down)
+
+    def _count_down(self) -> None:
+        self._num_preparing -= 1
 
     def _render(self, llm: LLM, request: ChatRequest) -> ChatPrompt:
         if not request.messages:
@@ -215,48 +233,54 @@ class EngineService:
             clear_thinking=request.clear_thinking is not False,
         )
 
-    def _prepare_chat(self, llm: LLM, request: ChatRequest) -> tuple[ChatPrompt, Guide | None]:
+    def _prepare_chat(self, llm: LLM, request: ChatRequest) -> tuple[ChatPrompt, Guide | None, ReadingReport | None]:
         prompt = self._render(llm, request)
         assert self._compiler is not None
+        report = None
+        if request.wants_selection:
+            report = ReadingReport(llm.config, llm.tokenizer, prompt.token_ids, request.messages)
         compiled = compile_request(self._compiler, request)
         if compiled is None and (request.thinking_budget is None or not prompt.is_thinking):
-            return prompt, None
-        compiled = compiled or self._compiler.free()
-        guide = compiled.guide(
+            return prompt, None, report
+        guide = (compiled or self._compiler.free()).guide(
             llm.chat_stop_ids,
             thinking=prompt.is_thinking,
             thinking_budget=request.thinking_budget if prompt.is_thinking else None,
         )
-        return prompt, guide
+        return prompt, guide, report
 
-    def _params(self, given: Mapping[str, Any], defaults: Mapping[str, Any], num_prompt: int) -> SamplingParams:
-        room = max(1, self.context_length - num_prompt)
-        options = {"max_new_tokens": min(self._default_max_tokens, room), **defaults, **given}
+    def _params(
+        self, given: Mapping[str, Any], defaults: Mapping[str, Any], num_prompt: int, is_reported: bool
+    ) -> SamplingParams:
+        most = max(1, self.context_length - num_prompt)
+        if is_reported:
+            most = min(most, self._num_reported)
+        options = {"max_new_tokens": min(self._default_max_tokens, most), **defaults, **given}
         options.setdefault("seed", secrets.randbelow(2**62))
-        return SamplingParams.of(options)
+        params = SamplingParams.of(options)
+        if is_reported and params.max_new_tokens > self._num_reported:
+            raise RequestError(
+                f"with what was selected at most {self._num_reported:,} tokens can be drawn: ask for fewer tokens"
+            )
+        return params
 
     def _submit(
-        self, generation: Generation, prompt: ChatPrompt | None, messages: Sequence[Mapping[str, Any]]
+        self, generation: Generation, parser: EventParser | None, report: ReadingReport | None
     ) -> "EngineReply":
-        llm, _ = self._ready()
-        report = None
-        if generation.wants_selection:
-            report = ReadingReport(llm.config, llm.tokenizer, generation.prompt_ids, messages)
-        return self._reply(generation, prompt, report)
-
-    def _reply(self, generation: Generation, prompt: ChatPrompt | None, report: ReadingReport | None) -> "EngineReply":
         assert self._engine is not None and self._llm is not None
-        decoder = ReplyDecoder(self._llm.tokenizer, None if prompt is None else prompt.parser, generation.params.stop)
+        decoder = ReplyDecoder(self._llm.tokenizer, parser, generation.params.stop)
         reply = EngineReply(service=self, generation=generation, decoder=decoder, report=report)
         self._engine.submit(generation)
         self._replies[generation] = reply  # in time: outputs are dispatched by this thread
-        weakref.finalize(reply, self._engine.cancel, generation)
+        reply.when_dropped = weakref.finalize(reply, self._engine.cancel, generation)
         return reply
 
-    def forget(self, generation: Generation) -> None:
+    def forget(self, reply: "EngineReply") -> None:
         """A reply has been read to its end, or will not be."""
-        if self._replies.pop(generation, None) is not None and self._engine is not None:
-            self._engine.cancel(generation)
+        self._replies.pop(reply.generation, None)
+        if reply.when_dropped is not None and reply.when_dropped.detach() and not reply.has_ended:
+            assert self._engine is not None
+            self._engine.cancel(reply.generation)
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
         """Called in the engine's thread."""
@@ -282,6 +306,8 @@ class EngineReply:
     num_cached_tokens: int = 0
     prompt_tokens: list[SampledToken] = field(default_factory=list)
     num_drawn: int = 0
+    has_ended: bool = False
+    when_dropped: "weakref.finalize[..., EngineReply] | None" = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -290,75 +316,47 @@ class EngineReply:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Once; closing it early cancels the request."""
         events: list[Event] = [Start(self.num_prompt_tokens)]
-        selection = {} if self.report is None else self.report.header()
+        selection: dict[str, Any] = {} if self.report is None else dict(self.report.header)
         try:
             while True:
                 output = await self.outputs.get()
-                self.num_cached_tokens = output.num_cached_tokens
+                self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+                self.has_ended = output.ended is not None
                 self.prompt_tokens += output.prompt_tokens
                 if not output.tokens and output.ended is None:
                     continue
-                is_last = self._add(output, events)
+                tokens, is_last = self._add(output, events)
                 if self.report is not None:
-                    pairs = zip(output.tokens, output.selections, strict=False)
+                    pairs = zip(tokens, output.selections, strict=False)
                     selection["tokens"] = [self.report.token(token.token_id, chosen) for token, chosen in pairs]
-                yield Piece(events=tuple(events), tokens=output.tokens, selection=selection or None)
+                yield Piece(events=tuple(events), tokens=tokens, selection=selection or None)
                 if is_last:
                     return
                 events, selection = [], {}
         finally:
-            self.service.forget(self.generation)
+            self.service.forget(self)
 
-    def _add(self, output: Output, events: list[Event]) -> bool:
-        """The events of one output; whether they are the last."""
-        self.num_drawn += len(output.tokens)
-        usage = Usage(
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_completion_tokens=self.num_drawn,
-            num_cached_tokens=self.num_cached_tokens,
-        )
-        if output.ended == "error":
+    def _add(self, output: Output, events: list[Event]) -> tuple[tuple[SampledToken, ...], bool]:
+        """Add the events of one output. Returns its tokens, up to a stop text, and whether this was the end."""
+        ended, tokens = output.ended, output.tokens
+        for index, token in enumerate(tokens):
+            if ended == "stop" and index + 1 == len(tokens):
+                break  # the stop token
+            events += self.decoder.push(token.token_id)
+            if self.decoder.stopped:
+                tokens, ended = tokens[: index + 1], "stop"
+                break
+        self.num_drawn += len(tokens)
+        if ended == "error":
             events.append(Error(output.error or "generation failed"))
-            return True
-        token_ids = [token.token_id for token in output.tokens]
-        events += self.decoder.push(*(token_ids[:-1] if output.ended == "stop" else token_ids))
-        if output.ended is None and not self.decoder.stopped:
-            return False
-        events += self.decoder.finish(output.ended or "stop", usage)
-        assert isinstance(events[-1], Done)
-        return True
-
-
-def compile_request(compiler: GuideCompiler, request: ChatRequest) -> CompiledGuide | None:
-    """The guide's program for a request's tools and format, None when anything may be said."""
-    choice, tools = request.tool_choice, request.tools
-    if choice.mode == "required" and not tools:
-        raise RequestError("tool_choice asks for a tool call, but the request has no tools")
-    if request.output_format is not None and (choice.mode == "required" or _has_strict(tools)):
-        raise RequestError("a response format and enforced tool calls cannot be combined: leave one of them out")
-    if not tools or (choice.mode == "auto" and choice.parallel and not _has_strict(tools)):
-        return _compile_format(compiler, request.output_format)
-    if choice.mode == "none":
-        return _compile_format(compiler, request.output_format) or compiler.free(may_call=False)
-    return compiler.tool_calls(tools, required=choice.mode == "required", name=choice.name, parallel=choice.parallel)
-
-
-def _compile_format(compiler: GuideCompiler, wanted: OutputFormat | None) -> CompiledGuide | None:
-    if wanted is None:
-        return None
-    match wanted.kind:
-        case "json_object":
-            return compiler.json_object()
-        case "json_schema":
-            return compiler.json_schema(wanted.definition)
-        case "regex":
-            return compiler.regex(wanted.definition)
-        case "grammar":
-            return compiler.grammar(wanted.definition)
-
-
-def _has_strict(tools: Sequence[Mapping[str, Any]]) -> bool:
-    return any(tool.get("strict") or tool.get("function", {}).get("strict") for tool in tools)
+        elif ended is not None:
+            usage = Usage(
+                num_prompt_tokens=self.num_prompt_tokens,
+                num_completion_tokens=self.num_drawn,
+                num_cached_tokens=self.num_cached_tokens,
+            )
+            events += self.decoder.finish(ended, usage)
+        return tokens, ended is not None
 
 
 def _may_draft(params: SamplingParams, given: Mapping[str, Any]) -> bool:

@@ -128,8 +128,6 @@ def opencode(place: Workplace, prompt: str, *, again: bool = False, thinking: bo
         "limit": {"context": 200_000, "output": MAX_TOKENS},
         "reasoning": True,
         "tool_call": True,
-        # Sends the reasoning of earlier turns back, so that the prompt only grows.
-        "interleaved": {"field": "reasoning_content"},
         **({"options": {"reasoningEffort": "high"}} if thinking else {}),
     }
     permission = "allow" if place.may_run_commands else "deny"
