@@ -3,6 +3,7 @@
 #     make demo        the main job on the shipped model       make test        lint, types, levels, tests
 #     make nano        train the shipped model again           make test-slow   the slow tests; 1,000 examples of each property
 #     make test-e2e    real clients, a browser on the page     make soak        half an hour of mixed traffic on a server
+#     make fuzz        ten minutes of fuzzing                  make bench-serving the server measured
 #     make lint        only the checks                         make bench-check did a kernel become slower?
 #     make clean       remove what these made                  make sanitize    kernel tests under sanitizers (gcc)
 #
@@ -19,6 +20,8 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+SOAK_ARGUMENTS ?= --minutes 30
+SERVING_ARGUMENTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -26,10 +29,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 
-.PHONY: help demo test test-slow test-e2e lint nano bench-check sanitize clean
+.PHONY: help demo test test-slow test-e2e lint nano soak bench-serving bench-check sanitize clean
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 demo: $(RUNTIME)
 	@$(BIN)/indexshare demo $(DEMO_ARGUMENTS)
@@ -60,6 +63,12 @@ nano: export MALLOC_TOP_PAD_ = 67108864
 nano: $(RUNTIME)
 	@$(BIN)/indexshare train nano
 	@$(BIN)/indexshare eval runs/nano/model
+
+soak: $(DEVELOPMENT)
+	@$(BIN)/python benchmarks/soak.py $(SOAK_ARGUMENTS)
+
+bench-serving: $(DEVELOPMENT)
+	@$(BIN)/python benchmarks/serving.py $(SERVING_ARGUMENTS)
 
 bench-check: $(DEVELOPMENT)
 	@$(BIN)/python benchmarks/bench_check.py $(BENCH_ARGUMENTS)
