@@ -22,14 +22,16 @@ DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 SOAK_ARGUMENTS ?= --minutes 30
 SERVING_ARGUMENTS ?=
+MINUTES ?= 10
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The stamps lie inside the environment, so removing it removes them.
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
+FUZZ := $(VENV)/fuzz
 
-.PHONY: help demo test test-slow test-e2e lint nano soak bench-serving bench-check sanitize clean
+.PHONY: help demo test test-slow test-e2e lint nano fuzz soak bench-serving bench-check sanitize clean
 
 help:
 	@sed -n '3,11s/^# \{0,1\}//p' Makefile
@@ -41,10 +43,18 @@ test: lint
 	@echo "== tests"
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS)
 
-# Needs npm, and Debian's chromium (CHROMIUM= names another one); what is missing is skipped, with the reason.
+# Needs npm, and Debian's chromium (CHROMIUM= names another one). Clients go into folders of their own under .venv/e2e (3.6 GB);
+# what cannot be installed is skipped, with the reason.
+test-e2e: export E2E_INSTALL = 1
 test-e2e: $(DEVELOPMENT)
 	@$(PIP) --editable ".[server,dev,oracle,e2e]"
-	@$(BIN)/pytest --quiet -m slow tests/e2e
+	@timeout 3600 $(BIN)/pytest --quiet -m slow tests/e2e
+
+fuzz: $(FUZZ)/atheris
+	@PYTHONPATH=tests:$(FUZZ) nice $(BIN)/python -m fuzz.run --minutes $(MINUTES)
+
+$(FUZZ)/atheris: | $(DEVELOPMENT)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(FUZZ) atheris==3.0.0
 
 test-slow: $(DEVELOPMENT)
 	@$(BIN)/pytest --quiet --numprocesses $(WORKERS) -m 'slow or hypothesis' --hypothesis-profile explore

@@ -264,9 +264,7 @@ def train(
     "    indexshare serve\n"
     "    indexshare serve zai-org/GLM-5.2-FP8 --host 0.0.0.0 --api-key-file keys.txt"
 )
-def serve(
-    model: Model = "nano", /, *, options: ServeOptions = DEFAULT_SERVE, load: LoadOptions = DEFAULT_LOAD
-) -> None:
+def serve(model: Model = "nano", /, *, options: ServeOptions = DEFAULT_SERVE, load: LoadOptions = DEFAULT_LOAD) -> None:
     """Serve a model to OpenAI and Anthropic clients, with a page to talk to it at http://127.0.0.1:8000/."""
     options.serve(model, load)
 

@@ -155,7 +155,6 @@ def test_the_tool_runner_without_a_thread(messages: anthropic.Anthropic) -> None
     check_runner(messages, thread=False)
 
 
-@pytest.mark.xfail(reason="the field thread is refused without the code that makes the client go on without one")
 def test_the_tool_runner_asks_for_a_thread(messages: anthropic.Anthropic) -> None:
     check_runner(messages)
 

@@ -157,7 +157,6 @@ def mini() -> Path:
     return python("mini_swe_agent").with_name("mini")
 
 
-@pytest.mark.xfail(reason="messages with provider_specific_fields, which litellm adds, are refused")
 def test_mini_swe_agent(mini: Path, tmp_path: Path) -> None:
     with scripted_server(use_the_shell) as (url, service):
         settings = [f"model.model_kwargs.api_base={url}/v1", "model.cost_tracking=ignore_errors"]

@@ -230,9 +230,7 @@ def _norm(module: nn.Module, owned: list[object]) -> Norm:
     return Norm(*(None if tensor is None else tensor.data_ptr() for tensor in wide))
 
 
-def _pack_layer(
-    config: GlmConfig, layer: DecoderLayer, counts: Tensor, packer: Packer, owned: list[object]
-) -> Layer:
+def _pack_layer(config: GlmConfig, layer: DecoderLayer, counts: Tensor, packer: Packer, owned: list[object]) -> Layer:
     def matrix(weight: Tensor | PackedWeight) -> Matrix:
         packed = weight if isinstance(weight, PackedWeight) else packer(weight.detach())
         owned.append(packed)

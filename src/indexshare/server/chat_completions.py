@@ -29,7 +29,7 @@ from indexshare.server.types import ChatRequest, OutputFormat, Reply, Service, T
 T = TypeVar("T")
 
 # What the openai package adds to messages that it has parsed, and sends back with them.
-_CLIENT_KEYS = ("parsed", "parsed_arguments")
+_CLIENT_KEYS = ("parsed", "parsed_arguments", "provider_specific_fields")
 
 
 class FunctionCall(msgspec.Struct):

@@ -50,8 +50,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
+        self.details = details
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after = retry_after
 
@@ -239,7 +241,11 @@ def error_response(path: str, error: ApiError, request_id: str) -> Response:
     message = _shorten(error.message)
     if path.startswith("/v1/messages"):
         kind = _ANTHROPIC_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-        body: Any = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+        body: Any = {
+            "type": "error",
+            "error": {"type": kind, "message": message, **({"details": error.details} if error.details else {})},
+            "request_id": request_id,
+        }
     else:
         kind = _OPENAI_ERRORS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
         param = error.param and error.param[:100]

@@ -96,6 +96,11 @@ def _prompt_request(request: CountTokensRequest, service: Service) -> ChatReques
     """
     if request.model not in service.model_names:
         raise ApiError(404, f"model: there is no {request.model!r:.200}; use {service.model_names[0]!r}", param="model")
+    if request.thread is not None:
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise ApiError(
+            400, "thread: nothing is stored here; send the whole conversation", param="thread", details=details
+        )
     if request.messages[-1].role == "assistant":
         raise ApiError(400, "messages: the last one must not be the assistant's; a prefilled answer is not supported")
     thinking, config = request.thinking, request.output_config

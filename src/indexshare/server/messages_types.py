@@ -164,6 +164,7 @@ class CountTokensRequest(_Strict, kw_only=True):
     container: None = None
     # Accepted and ignored; messages.py says why.
     betas: Any = None
+    thread: Any = None
     cache_control: Any = None
     context_management: Any = None
     speed: str | None = None

@@ -21,6 +21,7 @@ class TextPart(_Strict):
     text: str
     annotations: Any = None
     logprobs: Any = None
+    parsed: Any = None
 
 
 class MessageItem(_Strict):
@@ -56,6 +57,7 @@ class FunctionCallItem(_Strict):
     id: str | None = None
     status: str | None = None
     caller: Any = None
+    parsed_arguments: Any = None
 
 
 class FunctionCallOutputItem(_Strict):

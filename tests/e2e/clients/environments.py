@@ -73,5 +73,5 @@ def _run(command: list[str], folder: Path) -> None:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except subprocess.SubprocessError as error:
         lines = str(getattr(error, "stderr", None) or error).splitlines()
-        reason = " ".join([line for line in lines if "rror" in line] or lines)
+        reason = " ".join([line for line in lines if "error" in line.lower()] or lines)
         pytest.skip(f"{folder.name} cannot be installed here: {reason[:400]}")
