@@ -286,6 +286,11 @@ def _event(value: object) -> bytes:
 
 async def _merged(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, Piece]]:
     """The pieces of all replies as they come, each with the index of its reply. Closing it closes all of them."""
+    if len(replies) == 1:  # without the tasks that taking turns needs
+        async with aclosing(replies[0].pieces()) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
     sources = [reply.pieces() for reply in replies]
     waiting = {asyncio.ensure_future(anext(source, None)): index for index, source in enumerate(sources)}
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable
 
 from indexshare.engine.engine import EngineOptions
@@ -29,7 +30,17 @@ def serve_model(
     cannot be used.
     """
     service = EngineService(load, options, model_names=model_names, shares_prefixes=shares_prefixes)
-    asyncio.run(_serve(service, settings))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(service, settings))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop, which takes less time from the kernels; there is none for Windows."""
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
 
 
 async def _serve(service: EngineService, settings: ServerSettings) -> None:
