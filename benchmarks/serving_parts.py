@@ -133,19 +133,36 @@ def gaps_between(answers: Sequence[Answer], start: float, end: float) -> list[fl
 
 
 def overhead(bench: Bench) -> list[Step]:
-    """One request, and one token while decoding: over HTTP, and in an engine without it."""
+    """One request, and one token while decoding: over HTTP, and in an engine without it.
+
+    Two views: HTTP beside an engine in a process of its own, which differ by what else the machine does in between too;
+    and, of the server alone, the time that is not spent in the engine's steps, for each step.
+    """
     sizes = bench.sizes
     limits = {"cache_tokens": sizes.cache_tokens}
+
+    def drive(clients: list[list[dict[str, Any]]]) -> tuple[Any, dict[str, float]]:
+        server = bench.server()
+        before = server.metrics()
+        found, about = bench.drive(server, clients)
+        after = server.metrics()
+        steps, spent = (
+            after[f"indexshare_engine_{name}_total"] - before[f"indexshare_engine_{name}_total"]
+            for name in ("steps", "step_seconds")
+        )
+        outside = (found.seconds - spent) / steps
+        shares = {"outside ms": MILLISECONDS * outside, "outside %": 100 * outside * steps / spent}
+        return found, shares | about
 
     def measure() -> None:
         prompts = [bench.prompt(1) for _ in range(sizes.num_latencies)]
         jobs = [Job(prompts=prompts, max_tokens=1, num_at_once=1, **limits)]
-        found, about = bench.drive(bench.server(), [[body(prompt, 1) for prompt in prompts]])
+        found, about = drive([[body(prompt, 1) for prompt in prompts]])
         seconds, notes = [median(answer.ended - answer.begun for answer in found.answers)], [about]
         for num_clients in OVERHEAD_CLIENTS:
             prompts = [bench.prompt(OVERHEAD_PROMPT) for _ in range(num_clients)]
             jobs.append(Job(prompts=prompts, max_tokens=OVERHEAD_REPLY, num_at_once=num_clients, **limits))
-            found, about = bench.drive(bench.server(), [[body(prompt, OVERHEAD_REPLY)] for prompt in prompts])
+            found, about = drive([[body(prompt, OVERHEAD_REPLY)] for prompt in prompts])
             seconds.append(median(map(token_seconds, found.answers)))
             notes.append(about)
         with bench.others_paused(None):
