@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -230,6 +231,14 @@ def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in packaged_model().glob("tokenizer*.json"):
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
+
+
+def test_a_dash_is_standard_input(
+    capsys: pytest.CaptureFixture[str], written_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("[5, 17, 301]"))
+    code, out, err = run(capsys, "score", str(written_model), "--tokens", "-", "--json", *EXACT)
+    assert code == 0 and len(json.loads(out)) == 2, err
 
 
 def test_score_is_the_api_in_json(capsys: pytest.CaptureFixture[str], written_model: Path, tmp_path: Path) -> None:

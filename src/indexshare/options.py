@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, Parameter(help="A directory, nano, or a hub id.")]
 ModelOrRecipe = Annotated[str, Parameter(help="A directory, a hub id, or a recipe: nano, tiny, mid, glm-5.2.")]
+File = Annotated[str, Parameter(allow_leading_hyphen=True)]  # - is standard input
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for a program to read.")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
