@@ -2,23 +2,27 @@
 
 What a draft is worth depends on how often it is right and on what a longer step costs, which changes with the number of
 sequences. Both are in one figure that can be measured: tokens per second, by number of sequences (in powers of two)
-and draft length. The best length is used, its neighbours are tried now and then, and 0 is a length like any other, so
-drafting ends where it does not pay. No torch here.
+and draft length. The best length is used, its neighbours are tried now and then, more seldom the longer it stays the
+best, and 0 is a length like any other, so drafting ends where it does not pay. No torch here.
 """
 
 from dataclasses import dataclass, field
 
-EXPLORE_EVERY = 24  # steps between trials of another length
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 16, 256  # steps between trials of another length
 SMOOTHING = 0.1  # weight of a new measurement; more when the last one is older than a step
 
 
 @dataclass(slots=True)
 class _Load:
-    """Measurements at one load: tokens per second by length, and in which step; steps so far."""
+    """Measurements at one load: tokens per second by length, and in which step; steps so far, and until a trial."""
 
     rates: dict[int, float] = field(default_factory=dict)
     measured: dict[int, int] = field(default_factory=dict)
     steps: int = 0
+    best: int = -1
+    interval: int = SHORTEST_INTERVAL
+    until_trial: int = SHORTEST_INTERVAL
+    num_trials: int = 0
 
 
 class DraftLength:
@@ -39,10 +43,15 @@ class DraftLength:
         if untried:
             return untried[0]
         best = max(load.rates, key=lambda length: load.rates[length])
-        if load.steps % EXPLORE_EVERY:
+        if best != load.best:
+            load.best, load.interval, load.until_trial = best, SHORTEST_INTERVAL, SHORTEST_INTERVAL
+        load.until_trial -= 1
+        if load.until_trial > 0:
             return best
+        load.interval = load.until_trial = min(2 * load.interval, LONGEST_INTERVAL)
+        load.num_trials += 1
         neighbours = [length for length in (best - 1, best + 1, 0) if 0 <= length <= self.longest and length != best]
-        return neighbours[load.steps // EXPLORE_EVERY % len(neighbours)]
+        return neighbours[load.num_trials % len(neighbours)]
 
     def observe(self, num_sequences: int, length: int, num_tokens: int, seconds: float) -> None:
         """A step that only decoded gave `num_tokens` tokens in `seconds`."""
