@@ -201,3 +201,24 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_generated_requests_never_break_the_server_with_a_model(server: Process) -> None:
+    """schemathesis over the document that the server gives out, against the model and the engine behind it."""
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("st")), "run", f"http://127.0.0.1:{server.port}/openapi.json"),
+            *("--header", f"x-api-key: {KEY}", "--checks", "not_a_server_error", "--max-examples", "40", "--seed", "1"),
+            *("--phases", "fuzzing", "--request-timeout", "60", "--no-color"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    wait_until_idle(server)
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
+    code, log = server.end()
+    assert code == 0 and "Traceback" not in log
