@@ -19,7 +19,7 @@ from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine import grammar as grammar_module
 from indexshare.engine.grammar import CompiledGuide, GuideCompiler
 from indexshare.engine.guide import Allowed, Guide, constrain
-from indexshare.errors import CheckpointError, RequestError
+from indexshare.errors import RequestError
 
 NANO = Tokenizer.from_directory(Path(indexshare.__file__).parent / "models" / "nano")
 EXTRA = 24  # logits are wider than the vocabulary, as in GLM-5.2
@@ -447,8 +447,10 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_a_tokenizer_without_the_tokens_that_are_needed() -> None:
     spec = json.loads((Path(indexshare.__file__).parent / "models" / "nano" / "tokenizer.json").read_text())
     spec["added_tokens"] = []
-    with pytest.raises(CheckpointError, match="stop token"):
-        GuideCompiler(Tokenizer(spec), 4096)
+    bare = GuideCompiler(Tokenizer(spec), 4096)
+    with pytest.raises(RequestError, match="stop token"):
+        bare.json_object()
+    bare.free().guide(())
     stop = {"id": 4095, "content": "<|endoftext|>"}
     plain = GuideCompiler(Tokenizer({**spec, "added_tokens": [stop]}), 4096)
     with pytest.raises(RequestError, match="</think>"):

@@ -26,7 +26,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.chat.tool_grammar import WHITESPACE, CallableTool, callable_tools, tool_call_grammar
 from indexshare.engine.guide import Guide, Vocabulary, matcher_error
-from indexshare.errors import CheckpointError, RequestError
+from indexshare.errors import RequestError
 
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_PATTERN_BYTES = 16 * 1024
@@ -72,8 +72,6 @@ class GuideCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        if not tokenizer.stop_ids:
-            raise CheckpointError("constrained decoding needs a tokenizer with a stop token such as <|endoftext|>")
         self.vocabulary = Vocabulary(tokenizer, vocab_size)
         self._lock = threading.Lock()
         self._cache: OrderedDict[str, CompiledGuide] = OrderedDict()
@@ -162,6 +160,8 @@ class GuideCompiler:
         return LLTokenizer(TokenizerWrapper(_TokenizerView(self.vocabulary.tokenizer)))
 
     def _compile(self, what: str, text: str) -> CompiledGuide:
+        if not self.vocabulary.tokenizer.stop_ids:
+            raise RequestError("this model's tokenizer has no stop token, without which no reply can be constrained")
         with self._lock:
             if text in self._cache:
                 self._cache.move_to_end(text)

@@ -89,7 +89,8 @@ class EngineService:
         self._llm = llm
         self._engine = engine = await asyncio.to_thread(Engine, llm, self._options, deliver=self._deliver)
         self._compiler = compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
-        await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
+        if llm.tokenizer.stop_ids:
+            await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
         self.context_length = engine.context_length
         groups = sum(llm.config.is_full(layer) for layer in range(llm.config.num_hidden_layers))
         self._num_reported = max(1, MAX_REPORTED_RANGES // (groups * llm.config.index_topk))
