@@ -339,6 +339,8 @@ def test_constrain() -> None:
         ("json_schema", {"allOf": [{"multipleOf": prime} for prime in (2, 3, 5, 7, 11, 13, 17, 19, 23)]}, "multipleOf"),
         ("json_schema", {"allOf": [{"multipleOf": 0.001}, {"multipleOf": 1009}]}, "multipleOf"),
         ("json_schema", {"multipleOf": 10**300}, "multipleOf"),
+        ("json_schema", {"anyOf": [{"multipleOf": -444_441}]}, "multipleOf"),
+        ("json_schema", {"multipleOf": 0}, "multipleOf"),
         ("regex", "", "not empty"),
         ("regex", 5, "must be text"),
         ("regex", "(?:", "unclosed group"),

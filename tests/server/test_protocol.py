@@ -263,6 +263,19 @@ def test_small_chunks_are_no_attack(live: Live) -> None:
     assert live.ask(head("/size", "POST", transfer_encoding="chunked") + body).endswith(b'{"bytes":960000}')
 
 
+def test_a_small_body_that_nobody_reads_does_not_end_the_connection(live: Live) -> None:
+    """A key that is wrong is answered from the head alone; the body comes later, and then the next request."""
+    request = head("/nowhere", "POST", connection="keep-alive", content_length="5")
+    with live.connect() as connection:
+        for _ in range(3):
+            connection.sendall(request)
+            time.sleep(0.05)  # the head must come alone
+            connection.sendall(b"12345")
+            read_until(connection, b"see /openapi.json")
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        read_until(connection, b'{"status":"ok"}')
+
+
 def test_answered_before_the_body_was_read_the_connection_ends(live: Live) -> None:
     """Else a client without a key could send for ever after its 401, a byte now and then."""
     ended = threading.Event()

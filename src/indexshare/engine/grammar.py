@@ -260,5 +260,7 @@ def _check_object(schema: Mapping[str, Any], multiples: list[Decimal], what: str
     if isinstance(pattern := schema.get("pattern"), str) and len(pattern) > MAX_PATTERN_BYTES:
         raise RequestError(f"{what} has a pattern longer than {MAX_PATTERN_BYTES:,} characters")
     multiple = schema.get("multipleOf")
-    if isinstance(multiple, int | float) and not isinstance(multiple, bool) and multiple > 0:
+    if isinstance(multiple, int | float) and not isinstance(multiple, bool):
+        if multiple <= 0:
+            raise RequestError(f"{what} has a multipleOf that is not above 0")
         multiples.append(Decimal(str(multiple)).normalize())

@@ -3,6 +3,8 @@
 Everything is decided on the raw ASGI scope, never on `request.url`: Starlette builds that from the Host header.
 """
 
+import asyncio
+import contextlib
 import hmac
 import os
 import re
@@ -20,6 +22,7 @@ from indexshare.errors import ConfigError
 from indexshare.server.http import ApiError, error_response
 
 MIN_KEY_CHARACTERS = 16
+MAX_DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 2.0  # of a body that nobody reads
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
@@ -97,7 +100,9 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 class StampResponses:
     """ASGI middleware, the outermost: a request id, and headers that tell browsers to be careful, on every response.
 
-    The client's own x-request-id is used if it is 1 to 64 of [A-Za-z0-9_-]: others could not be logged safely.
+    The client's own x-request-id is used if it is 1 to 64 of [A-Za-z0-9_-]: others could not be logged safely. Who is
+    answered before its body was read, as without a key, may first send the rest of a small one: the connection would
+    end otherwise, maybe just when the client sends its next request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -116,8 +121,18 @@ class StampResponses:
             request_id = secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
 
+        is_read = False
+
+        async def watched() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if not is_read and _declares_small_body(scope):
+                    await _drain(watched)
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["request-id"] = request_id
@@ -125,7 +140,19 @@ class StampResponses:
                     headers.setdefault(name, value)
             await send(message)
 
-        await self.app(scope, receive, stamped)
+        await self.app(scope, watched, stamped)
+
+
+def _declares_small_body(scope: Scope) -> bool:
+    lengths = header_values(scope, b"content-length")
+    return len(lengths) == 1 and lengths[0].isdigit() and 0 < int(lengths[0][:9]) <= MAX_DRAINED_BYTES
+
+
+async def _drain(receive: Receive) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 class CheckHostAndOrigin:
