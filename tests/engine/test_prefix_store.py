@@ -155,6 +155,8 @@ def test_purge_removes_pages_and_nothing_else(tmp_path: Path) -> None:
     assert outside.read_text() == "dear" and (page.parent / "notes.txt").exists() and not page.exists()
     with pytest.raises(ConfigError, match="cannot read"):
         purge(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="holds no prefixes"):
+        purge(tmp_path)
 
 
 def test_an_unusable_directory_is_an_error(tmp_path: Path) -> None:

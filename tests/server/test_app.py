@@ -10,7 +10,7 @@ from server.scripted import ScriptedService
 from starlette.applications import Starlette
 
 from indexshare.chat.types import Done, Start, Text, Usage
-from indexshare.errors import KernelError, MemoryLimitError, OverloadedError, RequestError
+from indexshare.errors import ConfigError, KernelError, MemoryLimitError, OverloadedError, RequestError
 from indexshare.server.app import ServerSettings, create_app
 from indexshare.server.limits import BodyLimits
 from indexshare.server.types import Piece
@@ -157,3 +157,9 @@ def test_websockets_are_closed_before_anything_else() -> None:
         return messages
 
     assert asyncio.run(run()) == [{"type": "websocket.close", "code": 1008}]
+
+
+@pytest.mark.parametrize("port", [-1, 65_536, 99_999])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match="--port must be from 0"):
+        ServerSettings(port=port)

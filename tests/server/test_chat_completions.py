@@ -27,7 +27,7 @@ def test_a_whole_answer() -> None:
         Piece(events=(), tokens=(SampledToken(token_id=3),)),
         Piece(events=(Text("He"), Warning("repaired")), tokens=(SampledToken(token_id=4),)),
         Piece(events=(Text("llo"),), tokens=(SampledToken(token_id=5),)),
-        Piece(events=(Done("stop", Usage(num_prompt_tokens=7, num_completion_tokens=6)),)),
+        Piece(events=(Done("stop", Usage(num_prompt_tokens=7, num_completion_tokens=6, num_reasoning_tokens=3)),)),
     )
     answer = chat(service)
     assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion" and answer.model == "scripted"

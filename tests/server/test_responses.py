@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_reasoning_tokens_are_counted() -> None:
         Piece(events=(Start(7), Reasoning("H")), tokens=(token, token)),
         Piece(events=(), tokens=(token,)),
         Piece(events=(Text("a"),), tokens=(token,)),
-        Piece(events=(Done("stop", USAGE),), tokens=(token,)),
+        Piece(events=(Done("stop", replace(USAGE, num_reasoning_tokens=3)),), tokens=(token,)),
     ]
     response = create(ScriptedService(lambda request: script))
     assert response.usage is not None

@@ -45,7 +45,7 @@ SCHEMA = {
 
 async def collect(reply: Any) -> dict[str, Any]:
     """Everything in a reply."""
-    found: dict[str, Any] = {"text": "", "reasoning": "", "calls": [], "selections": []}
+    found: dict[str, Any] = {"text": "", "reasoning": "", "calls": [], "selections": [], "tokens": []}
     async with aclosing(reply.pieces()) as pieces:
         async for piece in pieces:
             for event in piece.events:
@@ -58,6 +58,7 @@ async def collect(reply: Any) -> dict[str, Any]:
                         found["calls"].append(event)
                     case Done(reason, usage, stop_text):
                         found |= {"reason": reason, "usage": usage, "stop_text": stop_text}
+            found["tokens"] += piece.tokens
             if piece.selection is not None:
                 found["selections"].append(piece.selection)
     return found
@@ -197,6 +198,23 @@ def test_a_budget_closes_the_thinking_and_the_answer_comes(nano: LLM, budget: in
     )
     assert len(nano.tokenizer.encode(free["reasoning"])) > budget
     assert len(nano.tokenizer.encode(limited["reasoning"])) <= budget and limited["text"]
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_reasoning_tokens_are_those_before_the_end_of_thinking(nano: LLM, num_drafts: int) -> None:
+    sampling = {"max_new_tokens": 60, "temperature": 0.0, "logprobs": 0}
+    think_end = nano.tokenizer.control_id("</think>")
+    requests = [
+        ChatRequest(messages=HELLO, sampling=sampling),
+        ChatRequest(messages=HELLO, sampling=sampling, thinking_budget=3),
+        ChatRequest(messages=HELLO, sampling=sampling, enable_thinking=False),
+        ChatRequest(messages=HELLO, sampling=sampling, tools=[WEATHER], tool_choice=ToolChoice(mode="required")),
+    ]
+    for index, result in enumerate(ask(nano, *requests, num_drafts=num_drafts)):
+        token_ids = [token.token_id for token in result["tokens"]]
+        expected = 0 if index == 2 else token_ids.index(think_end) if think_end in token_ids else len(token_ids)
+        assert result["usage"].num_reasoning_tokens == expected
+        assert index != 1 or expected == 3
 
 
 @pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh", "max"])

@@ -24,8 +24,9 @@ from indexshare.chat.schema import ArgumentTypes
 from indexshare.errors import RequestError
 
 MAX_TOOLS = 512
-WHITESPACE = r"[ \t\r\n]{1,64}"
-"""Between the values of a JSON document: without a bound a model can write white space for ever."""
+WHITESPACE = r"( |\r?\n[ \t]{0,32})"
+"""Between the values of a JSON document: a space, or a new line and its indentation. A weak model fills its answer with
+white space where it may."""
 
 _MAX_REFERENCES = 16
 _NAME = re.compile(r"[^\s<>]{1,256}")  # what the parser reads as a name

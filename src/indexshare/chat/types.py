@@ -119,11 +119,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of one reply. `num_cached_tokens` is the part of the prompt that was not computed again."""
+    """Token counts of one reply. num_cached_tokens: the part of the prompt that was not computed again.
+
+    num_reasoning_tokens: the part of the reply before `</think>`.
+    """
 
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ spelling a tag that would mislead it: "</think>" inside the reasoning, "</arg_va
 in a constrained answer. What a grammar asks for in plain text can therefore hold none of these.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,8 @@ def constrain(logits: Tensor, allowed: Allowed | None) -> Tensor:
 
 def matcher_error(matcher: "LLMatcher") -> str:
     """What went wrong in a matcher, short enough for an error message; "" when nothing did."""
-    return matcher.get_error().removesuffix("<non-verbose/>").strip()[:_MAX_ERROR_CHARS]
+    text = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return re.split(r"\n\s*\d+ \| ", text)[0][:_MAX_ERROR_CHARS]  # without the excerpt of our own grammar
 
 
 class Vocabulary:

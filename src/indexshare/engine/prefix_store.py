@@ -154,7 +154,9 @@ class PrefixStore:
 def purge(directory: Path) -> int:
     """Remove all pages that stores have left under `directory`, and nothing else; how many."""
     removed = 0
-    for model in _directories(directory):
+    if not (models := _directories(directory)):
+        raise ConfigError(f"{directory} holds no prefixes")
+    for model in models:
         for tenant in _directories(model):
             for file in tenant.iterdir():
                 if _FILE.fullmatch(file.name) and file.is_file() and not file.is_symlink():

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from indexshare.errors import IndexShareError
+from indexshare.errors import ConfigError, IndexShareError
 from indexshare.server import basics
 from indexshare.server.http import ApiError, as_api_error, error_response
 from indexshare.server.limits import BodyLimits, LimitRequests
@@ -49,6 +49,8 @@ class ServerSettings:
     drain_seconds: int = 30
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"--port must be from 0 (any free one) to 65,535, not {self.port}")
         check_exposure(self.host, self.api_keys)
 
 

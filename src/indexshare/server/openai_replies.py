@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from indexshare import __version__
-from indexshare.chat.types import Done, Error, Event, Reasoning, Start, Text, ToolCallEvent
+from indexshare.chat.types import Done, Error, Event, Start
 from indexshare.engine.sampler import SampledToken
 from indexshare.errors import IndexShareError
 from indexshare.server.http import (
@@ -43,7 +43,7 @@ class PromptDetails(msgspec.Struct):
 
 
 class CompletionDetails(msgspec.Struct):
-    """reasoning_tokens: the part of the answer that is reasoning, counted by piece."""
+    """reasoning_tokens: the part of the answer before the reasoning ended."""
 
     reasoning_tokens: int
 
@@ -95,7 +95,6 @@ class Fold(Generic[PartT]):
         self.num_tokens = self.num_reasoning_tokens = 0
         self.has_ended = False
         self.wants_logprobs = wants_logprobs
-        self._is_reasoning = False
 
     def opening(self) -> PartT | None:
         """The part that an answer begins with."""
@@ -124,7 +123,7 @@ class Fold(Generic[PartT]):
         """
         if any(isinstance(event, Start) for event in piece.events) and (part := self.opening()) is not None:
             yield part, None
-        self._count(piece)
+        self.num_tokens += len(piece.tokens)
         logprobs = self.logprobs(piece.tokens) if self.wants_logprobs and piece.tokens else None
         selection = piece.selection
         for event in piece.events:
@@ -144,18 +143,10 @@ class Fold(Generic[PartT]):
         self.has_ended = True
         if event.usage is not None:
             self.num_tokens = event.usage.num_completion_tokens
+            self.num_reasoning_tokens = event.usage.num_reasoning_tokens
         if event.reason in ("stop", "length", "tool_calls"):
             return event.reason
         raise ApiError(503, f"the reply was {event.reason}; send the request again")
-
-    def _count(self, piece: Piece) -> None:
-        visible = [event for event in piece.events if isinstance(event, Reasoning | Text | ToolCallEvent)]
-        is_reasoning = [isinstance(event, Reasoning) for event in visible]
-        self.num_tokens += len(piece.tokens)
-        if any(is_reasoning) if is_reasoning else self._is_reasoning:
-            self.num_reasoning_tokens += len(piece.tokens)
-        if is_reasoning:
-            self._is_reasoning = is_reasoning[-1]
 
 
 class Exchange(Generic[RequestT, PartT]):
@@ -255,9 +246,7 @@ class Exchange(Generic[RequestT, PartT]):
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
             prompt_tokens_details=PromptDetails(sum(reply.num_cached_tokens for reply in prompts)),
-            completion_tokens_details=CompletionDetails(
-                min(num_completion, sum(fold.num_reasoning_tokens for fold in self._folds))
-            ),
+            completion_tokens_details=CompletionDetails(sum(fold.num_reasoning_tokens for fold in self._folds)),
         )
 
 

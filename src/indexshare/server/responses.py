@@ -47,7 +47,7 @@ from indexshare.server.responses_types import (
     ReasoningItem,
     ResponsesRequest,
 )
-from indexshare.server.types import ChatRequest, OutputFormat, Piece, Reply, Service, ToolChoice
+from indexshare.server.types import ChatRequest, OutputFormat, Reply, Service, ToolChoice
 
 _RUN_BY_OPENAI = ("web_search", "image_generation", "tool_search")
 _TEXT_ONLY = "this is a text model: parts are input_text or output_text"
@@ -227,7 +227,6 @@ class ResponseFold(BlockFold):
         self._output: list[dict[str, Any]] = []
         self._item: dict[str, Any] = {}
         self._num_events = 0
-        self._num_reasoning_tokens = 0
         self._response: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -249,13 +248,6 @@ class ResponseFold(BlockFold):
         }
         for name in ("model", "instructions", "max_output_tokens", "temperature", "top_p", "user", "prompt_cache_key"):
             self._response[name] = getattr(request, name)
-
-    def feed(self, piece: Piece) -> Sequence[Chunk]:
-        """The events to send for `piece`."""
-        chunks = super().feed(piece)
-        if self._open == "reasoning":  # to within the tokens of one piece
-            self._num_reasoning_tokens += len(piece.tokens)
-        return chunks
 
     def result(self) -> dict[str, Any]:
         """The response so far."""
@@ -335,7 +327,7 @@ class ResponseFold(BlockFold):
             "input_tokens": usage.num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.num_completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens},
             "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
         }
 

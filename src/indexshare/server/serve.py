@@ -65,7 +65,7 @@ async def _serve(service: EngineService, settings: ServerSettings) -> None:
 
 
 async def _start(service: EngineService) -> None:
-    logger.info("loading %s", service.model_names[0])
+    logger.info("loading %s as %s", service.model_names[-1], service.model_names[0])
     await service.start()
     stats = service.stats()
     logger.info("ready: %s, %s tokens of context", service.model_names[0], f"{service.context_length:,}")

@@ -130,7 +130,10 @@ class EngineService:
             drafts=_may_draft(params, request.sampling),
             wants_selection=request.wants_selection,
         )
-        return self._submit(generation, prompt.parser, report)
+        reply = self._submit(generation, prompt.parser, report)
+        if prompt.is_thinking:
+            reply.think_end = llm.tokenizer.control_ids.get("</think>")
+        return reply
 
     async def complete(self, request: CompletionRequest, *, tenant: str) -> "EngineReply":
         """See `server.types.Service`."""
@@ -307,6 +310,8 @@ class EngineReply:
     num_cached_tokens: int = 0
     prompt_tokens: list[SampledToken] = field(default_factory=list)
     num_drawn: int = 0
+    num_reasoning: int = 0
+    think_end: int | None = None  # the token that ends the reasoning, while that lasts
     has_ended: bool = False
     when_dropped: "weakref.finalize[..., EngineReply] | None" = None
 
@@ -343,6 +348,9 @@ class EngineReply:
         for index, token in enumerate(tokens):
             if ended == "stop" and index + 1 == len(tokens):
                 break  # the stop token
+            if self.think_end is not None:
+                self.num_reasoning += token.token_id != self.think_end
+                self.think_end = None if token.token_id == self.think_end else self.think_end
             events += self.decoder.push(token.token_id)
             if self.decoder.stopped:
                 tokens, ended = tokens[: index + 1], "stop"
@@ -355,6 +363,7 @@ class EngineReply:
                 num_prompt_tokens=self.num_prompt_tokens,
                 num_completion_tokens=self.num_drawn,
                 num_cached_tokens=self.num_cached_tokens,
+                num_reasoning_tokens=self.num_reasoning,
             )
             events += self.decoder.finish(ended, usage)
         return tokens, ended is not None
