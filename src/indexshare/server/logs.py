@@ -160,9 +160,8 @@ def _quoted(value: object) -> str:
 def configure_logging(
     kind: Literal["text", "json"] = "text", *, level: int | str = logging.INFO, stream: TextIO | None = None
 ) -> None:
-    """Send the logs of indexshare and uvicorn to `stream` (standard error), and those of others from WARNING on."""
+    """Send the logs of indexshare to `stream` (standard error), and those of others from WARNING on."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("indexshare", "uvicorn"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("indexshare").setLevel(level)  # uvicorn tells of its own steps only what went wrong

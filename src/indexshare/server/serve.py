@@ -49,7 +49,9 @@ async def _serve(service: EngineService, settings: ServerSettings) -> None:
     server = make_server(app, settings)
     with listen(settings) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        starting = asyncio.create_task(_start(service))
+        host, port = listener.getsockname()[:2]
+        name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+        starting = asyncio.create_task(_start(service, f"http://{name}:{port}"))
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and starting.exception() is not None:
             server.should_exit = True
@@ -64,9 +66,12 @@ async def _serve(service: EngineService, settings: ServerSettings) -> None:
         raise failure
 
 
-async def _start(service: EngineService) -> None:
+async def _start(service: EngineService, address: str) -> None:
     logger.info("loading %s as %s", service.model_names[-1], service.model_names[0])
     await service.start()
     stats = service.stats()
-    logger.info("ready: %s, %s tokens of context", service.model_names[0], f"{service.context_length:,}")
-    logger.info("cache: %s pages, %s bytes at most", f"{stats['pages']:,}", f"{stats['cache_bytes']:,}")
+    logger.info("cache: %s tokens, %s bytes at most", f"{service.context_length:,}", f"{stats['cache_bytes']:,}")
+    logger.info(
+        "ready: page %s/, OpenAI base URL %s/v1, Anthropic base URL %s, model %s",
+        *(address, address, address, service.model_names[0]),
+    )
