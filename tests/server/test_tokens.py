@@ -80,3 +80,11 @@ def test_refusals(path: str, body: dict[str, Any], words: str) -> None:
 def test_another_model_is_not_found(path: str) -> None:
     response = post(path, {"model": "x", "prompt": "a"} if path == "/tokenize" else {"model": "x", "tokens": [1]})
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+def test_both_kinds_of_clients_find_their_fields_in_the_list_of_models() -> None:
+    answer = with_client(silent(), lambda client: client._client.get("/v1/models")).json()
+    model = answer["data"][0]
+    assert model["object"] == model["type"] == "model" and model["display_name"] == model["id"] == "scripted"
+    assert model["created_at"] == "2023-11-14T22:13:20Z"
+    assert (answer["has_more"], answer["first_id"], answer["last_id"]) == (False, "scripted", "team/alias")

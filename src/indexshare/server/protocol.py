@@ -185,7 +185,6 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anybody could write X-Forwarded-For
-            headers=[("x-content-type-options", "nosniff")],
             timeout_keep_alive=settings.idle_seconds,
             timeout_graceful_shutdown=settings.drain_seconds,
         )

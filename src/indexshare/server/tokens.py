@@ -1,5 +1,6 @@
 """`/v1/models`, and text to token ids and back: `/tokenize` and `/detokenize` in vLLM's form."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -16,13 +17,19 @@ from indexshare.server.types import Service
 
 
 class Model(msgspec.Struct):
-    """A model that requests may name. max_model_len: tokens of prompt and answer together."""
+    """A model that requests may name. max_model_len: tokens of prompt and answer together.
+
+    The last three are what Anthropic's clients read.
+    """
 
     id: str
     object: str
     created: int
     owned_by: str
     max_model_len: int
+    type: str
+    display_name: str
+    created_at: str
 
 
 class Models(msgspec.Struct):
@@ -30,6 +37,9 @@ class Models(msgspec.Struct):
 
     object: str
     data: list[Model]
+    first_id: str
+    last_id: str
+    has_more: bool = False
 
 
 class TokenizeBody(Strict):
@@ -68,7 +78,9 @@ def routes(service: Service) -> list[Route]:
     """The endpoints over `service`."""
 
     def describe(name: str) -> Model:
-        return Model(name, "model", service.created, "indexshare", service.context_length)
+        created_at = datetime.fromtimestamp(service.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        length = service.context_length
+        return Model(name, "model", service.created, "indexshare", length, "model", name, created_at)
 
     def check_model(name: str | None) -> None:
         if name is not None and name not in service.model_names:
@@ -76,7 +88,8 @@ def routes(service: Service) -> list[Route]:
 
     @documented(summary="The names of the model", response=Models)
     async def models(request: Request) -> Response:
-        return json_response(Models("list", [describe(name) for name in service.model_names]))
+        names = service.model_names
+        return json_response(Models("list", [describe(name) for name in names], names[0], names[-1]))
 
     @documented(summary="One name of the model", response=Model)
     async def model(request: Request) -> Response:
