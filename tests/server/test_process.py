@@ -183,6 +183,23 @@ def stream_again_and_again(server: Process) -> None:
             server.stream_and_leave(max_tokens=4000)
 
 
+def test_a_stream_that_outlives_the_drain_time_ends_in_order(server: Process) -> None:
+    fields = {"regex": "[a-z]{100000}"}
+    body = json.dumps({"prompt": "x", "max_tokens": 50_000, "stream": True, "structured_outputs": fields}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"x-api-key: {KEY}\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + body)
+        received = connection.recv(4096)
+        server.process.send_signal(signal.SIGTERM)
+        while piece := connection.recv(65536):
+            received = received[-4096:] + piece
+    assert b'data: {"error":' in received and b"data: [DONE]" in received and received.endswith(b"0\r\n\r\n")
+    assert server.wait() == 0 and "Traceback" not in server.log()
+
+
 def test_a_public_address_without_keys_is_refused() -> None:
     process = Process("--host", "0.0.0.0")
     assert process.wait() == 2 and "refusing to listen on '0.0.0.0' without API keys" in process.log()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from indexshare.errors import ConfigError
 from indexshare.server.app import ServerSettings
 
 LINGER_SECONDS = 2.0
+LAST_WORDS_SECONDS = 2  # for replies that are told to end when the drain time is over
 CANCEL_SECONDS = 5.0
 
 _logger = logging.getLogger("indexshare.server")
@@ -152,6 +154,10 @@ class Server(uvicorn.Server):
     connections, running replies may end in `drain_seconds`, then they are cancelled.
     """
 
+    on_exit: Callable[[], Awaitable[None]] | None = None
+    """Called when draining begins; it may end replies in their own words before the time is over."""
+    exiting: asyncio.Future[None] | None = None  # held, so that it is not collected
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler."""
         if self.should_exit:
@@ -162,6 +168,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Drain, then give what was cancelled a moment to clean up."""
+        if self.on_exit is not None:
+            self.exiting = asyncio.ensure_future(self.on_exit())
         await super().shutdown(sockets)
         if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
@@ -186,7 +194,7 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> Server:
             server_header=False,
             proxy_headers=False,  # anybody could write X-Forwarded-For
             timeout_keep_alive=settings.idle_seconds,
-            timeout_graceful_shutdown=settings.drain_seconds,
+            timeout_graceful_shutdown=settings.drain_seconds + LAST_WORDS_SECONDS,
         )
     )
 

@@ -47,6 +47,7 @@ async def _serve(service: EngineService, settings: ServerSettings) -> None:
     metrics = Metrics(service.stats)
     app = create_app(service, settings, metrics=metrics, readiness=lambda: service.not_ready)
     server = make_server(app, settings)
+    server.on_exit = lambda: service.close(drain_seconds=settings.drain_seconds)
     with listen(settings) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
