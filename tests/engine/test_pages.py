@@ -112,16 +112,6 @@ def test_the_same_rows_computed_twice_are_kept_once() -> None:
     pool.check_conservation()
 
 
-def test_forget_frees_what_is_cached() -> None:
-    pool = PagePool(16, PAGE)
-    fill(pool, list(range(9)), "one")
-    fill(pool, list(range(9)), "two")
-    pool.forget("one")
-    assert reused(pool, list(range(9)), "one") == 0 and reused(pool, list(range(9)), "two") == 8
-    pool.forget()
-    assert pool.num_free == 16
-
-
 def test_freeing_a_page_twice_is_found() -> None:
     pool = PagePool(4, PAGE)
     pages = pool.allocate(1)

@@ -225,6 +225,22 @@ def test_no_tenant_holds_all_places_while_another_waits() -> None:
     assert set(simulation.finished) == {*greedy, *modest}
 
 
+def test_a_tenant_at_its_share_does_not_hide_one_that_has_nothing() -> None:
+    simulation = Simulation(max_sequences=6)
+    for seed in range(4):
+        simulation.add(prompt(40, seed), new=300, tenant="most")
+    simulation.step()
+    for seed in range(6):
+        simulation.add(prompt(3, 50 + seed), new=300, tenant="least")
+    for _ in range(3):
+        simulation.step()
+    late = simulation.add(prompt(9, 99), new=5, tenant="late")
+    simulation.scheduler._served["least"] = -1  # whoever waits of these is looked at first
+    for _ in range(10):
+        simulation.step()
+    assert late in simulation.finished
+
+
 def test_drafts_fit_what_may_still_be_drawn() -> None:
     simulation = Simulation()
     sequence = simulation.add(prompt(5), new=4)

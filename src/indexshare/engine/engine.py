@@ -185,9 +185,9 @@ class Engine:
             while self.step():
                 pass
         self.pool.check_conservation()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        store, self._store = self._store, None  # a second signal may call this beside the first
+        if store is not None:
+            store.close()
 
     def stats(self) -> Mapping[str, Any]:
         """Figures for a monitor: counts now and totals since the start; "drafted" and "accepted" are by position."""

@@ -171,12 +171,6 @@ class PagePool:
             self.release([page])
         return known
 
-    def forget(self, tenant: str | None = None) -> None:
-        """Free the cached pages (of one tenant) that nobody reads."""
-        for name in [tenant] if tenant is not None else list(self._idle):
-            for cached in list(self._idle.get(name, {}).values()):
-                self._evict(cached)
-
     def check_counts(self) -> None:
         """Assert that free + live + cached = all; cheap enough for every step."""
         assert self.num_free + self.num_live + self.num_cached == self.num_pages, "pages were lost"

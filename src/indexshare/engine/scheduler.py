@@ -184,15 +184,13 @@ class Scheduler:
         is_restoring = False
         for sequence in self._candidates():
             tenant = sequence.generation.tenant
+            if num_running[tenant] >= share or self._is_being_read(sequence):
+                continue
             if len(self.running) >= self.limits.max_sequences:
-                if num_running[tenant] >= share or (victim := self._youngest_above(share, num_running)) is None:
+                if (victim := self._youngest_above(share, num_running)) is None:
                     return
                 self._preempt(victim)
                 num_running[victim.generation.tenant] -= 1
-            if num_running[tenant] >= share and len(num_running.keys() | self._waiting.keys()) > 1:
-                continue
-            if self._is_being_read(sequence):
-                continue
             match = PrefixMatch()
             if not sequence.generation.scores_prompt:
                 if not is_restoring and self._restore(sequence):

@@ -55,7 +55,7 @@ class Output:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """A request that runs or waits. num_known <= num_computed < len(token_ids) whenever it may go on.
+    """A request that runs or waits. num_valid <= num_computed < len(token_ids) whenever it may go on.
 
     token_ids: prompt and drawn tokens. num_computed: tokens in the cache. num_valid: of these, tokens whose rows are
     complete, the MTP layer's too. pages: in order. keys: of the known pages among them, after that of the scope.

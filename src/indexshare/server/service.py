@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from indexshare.chat.parser import EventParser
-from indexshare.chat.template import resolve_effort
 from indexshare.chat.types import Error, Event, Start, Usage
 from indexshare.engine.engine import Engine, EngineOptions
 from indexshare.engine.grammar import GuideCompiler
@@ -85,10 +84,9 @@ class EngineService:
         """Load the model, build its kernels and generate a first token; then it is ready. Errors as for `load`."""
         self._loop = asyncio.get_running_loop()
         llm = await asyncio.to_thread(self._load)
-        llm.tokenizer.stop_ids  # noqa: B018  # a model that can be served has a tokenizer
+        self._compiler = compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
         self._llm = llm
         self._engine = engine = await asyncio.to_thread(Engine, llm, self._options, deliver=self._deliver)
-        self._compiler = compiler = GuideCompiler(llm.tokenizer, llm.config.vocab_size)
         if llm.tokenizer.stop_ids:
             await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
         self.context_length = engine.context_length
@@ -224,16 +222,13 @@ class EngineService:
     def _render(self, llm: LLM, request: ChatRequest) -> ChatPrompt:
         if not request.messages:
             raise RequestError("messages is empty: send at least one message")
-        effort, thinking = resolve_effort(
-            request.reasoning_effort, request.enable_thinking is not False, llm.template.source
-        )
         return chat_prompt(
             llm.tokenizer,
             llm.template,
             stable(request.messages),
             tools=request.tools or None,
-            reasoning_effort=effort,
-            enable_thinking=thinking,
+            reasoning_effort=request.reasoning_effort,
+            enable_thinking=request.enable_thinking is not False,
             clear_thinking=request.clear_thinking is not False,
         )
 
