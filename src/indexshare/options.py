@@ -244,7 +244,9 @@ class ServeOptions:
     def serve(self, model: str, load: LoadOptions) -> None:
         """Serve until a signal ends it. Raises ConfigError for unsafe settings, and as `engine.llm.load`."""
         with requires("server"):
+            from indexshare import runtime
             from indexshare.engine.engine import EngineOptions
+            from indexshare.engine.resolve import resolve_config
             from indexshare.engine.scheduler import Limits
             from indexshare.server.app import ServerSettings
             from indexshare.server.logs import configure_logging
@@ -270,6 +272,9 @@ class ServeOptions:
             prefix_store_bytes=int(self.prefix_store_gib * 2**30),
         )
         configure_logging(self.log_format)
+        # What is plainly wrong is an error at once, not after the port is open.
+        runtime.resolve_device(load.device)
+        resolve_config(model, index_pattern=load.index_pattern, strict=load.strict)
         name = self.name or model.rstrip("/").rpartition("/")[2]
         serve_model(
             lambda: load.load(model),

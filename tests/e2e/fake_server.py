@@ -120,6 +120,8 @@ def plan(text: str) -> tuple[str, str]:
     """Reasoning and answer to a message."""
     if "hostile" in text:
         return HOSTILE
+    if "only think" in text:
+        return ENGLISH[0], ""
     return CHINESE if re.search("[一-鿿]", text) else ENGLISH
 
 

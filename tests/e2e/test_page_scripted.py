@@ -64,6 +64,13 @@ def test_reasoning_is_folded_when_the_answer_begins(tab: "Page", fake_url: str, 
     assert "I look for the places" not in reply.locator(".answer").inner_text()
 
 
+def test_an_answer_that_is_only_reasoning_says_so(tab: "Page", fake_url: str) -> None:
+    open_page(tab, fake_url)
+    reply = ask(tab, "only think")
+    assert "without an answer" in reply.locator(".remark").inner_text()
+    assert reply.locator(".reasoning").get_attribute("open") is not None
+
+
 def test_code_stands_apart_and_markup_stays_text(tab: "Page", fake_url: str) -> None:
     open_page(tab, fake_url)
     reply = ask(tab, "hostile")

@@ -46,6 +46,11 @@ def test_sampling_fields_are_passed_on_and_only_those_given() -> None:
     assert refused(max_completion_tokens=6, max_tokens=5)["param"] == "max_completion_tokens"
 
 
+def test_an_unknown_effort_is_refused_with_the_known_ones() -> None:
+    error = refused(reasoning_effort="maximal")
+    assert error["param"] == "reasoning_effort" and "none|minimal|low|medium|high|xhigh|max" in error["message"]
+
+
 NUMBERS = {
     # field: (a value that works, the sampling argument that it becomes)
     "temperature": (0.5, "temperature"),

@@ -218,6 +218,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+    assert "listening" not in done.stderr
 
 
 @pytest.mark.slow

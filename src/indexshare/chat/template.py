@@ -31,6 +31,7 @@ _EFFORTS: dict[str, tuple[str, ...]] = {
     "xhigh": ("max",),
     "max": (),
 }
+EFFORTS = ("none", *_EFFORTS)
 Conversation = Sequence[Message | Mapping[str, Any]]
 
 
@@ -45,8 +46,7 @@ def resolve_effort(reasoning_effort: str | None, enable_thinking: bool, source: 
         return None, enable_thinking and reasoning_effort is None
     if reasoning_effort not in _EFFORTS:
         raise RequestError(
-            f"unknown reasoning_effort {reasoning_effort!r}; use one of "
-            f"{', '.join(repr(effort) for effort in ('none', *_EFFORTS))}"
+            f"unknown reasoning_effort {reasoning_effort!r}; use one of {', '.join(repr(effort) for effort in EFFORTS)}"
         )
     words = (reasoning_effort, *_EFFORTS[reasoning_effort])
     return next((word for word in words if re.search(f"(['\"]){word}\\1", source)), words[-1]), enable_thinking

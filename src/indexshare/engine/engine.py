@@ -132,9 +132,9 @@ class Engine:
         num_tokens = len(generation.prompt_ids) + num_new
         if num_tokens > self.context_length:
             raise MemoryLimitError(
-                f"{len(generation.prompt_ids):,} prompt tokens and {num_new:,} new ones need "
-                f"{num_tokens * self._bytes_per_token:,} bytes of cache; one request may have {self.context_length:,} "
-                "tokens here: send a shorter prompt or ask for fewer tokens"
+                f"{len(generation.prompt_ids):,} prompt tokens and {num_new:,} new ones are {num_tokens:,} tokens "
+                f"({num_tokens * self._bytes_per_token:,} bytes of cache); a request may have {self.context_length:,} "
+                "here: send a shorter prompt or ask for fewer tokens"
             )
         with self._changed:
             if self._closing or self.failure is not None:

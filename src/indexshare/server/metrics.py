@@ -7,7 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -51,6 +58,7 @@ class Metrics:
     """All metrics of one server, in a registry of its own. `engine_stats`: called for each scrape, from any thread."""
 
     def __init__(self, engine_stats: Callable[[], EngineStats] | None = None) -> None:
+        disable_created_metrics()  # a second series for each, which nobody reads
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "indexshare_requests", "Requests answered.", ["route", "method", "status"], registry=self.registry

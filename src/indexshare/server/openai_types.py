@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from indexshare.chat.template import EFFORTS
 from indexshare.engine.sampler import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from indexshare.server.http import ApiError
 from indexshare.server.types import OutputFormat
@@ -33,6 +34,7 @@ MAX_SEED = 2**63 - 1
 Count = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Effort = Annotated[str, Meta(pattern=f"^({'|'.join(EFFORTS)})$")]  # unlike a Literal, the error lists what is possible
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 
@@ -224,7 +226,7 @@ class TemplateArguments(Strict):
 
     enable_thinking: bool | None = None
     clear_thinking: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -232,7 +234,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
     enable_thinking: bool | None = None
     clear_thinking: bool | None = None

@@ -77,6 +77,7 @@ def openapi_document(routes: Iterable[BaseRoute], *, needs_key: bool) -> dict[st
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "indexshare", "version": __version__},
+        "servers": [{"url": "/"}],
         "paths": paths,
         "components": {"schemas": components},
     }

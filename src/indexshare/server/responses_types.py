@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from indexshare.server.blocks import Extension
+from indexshare.server.openai_types import Effort
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -118,7 +119,7 @@ class FunctionChoice(_Strict):
 class ReasoningField(_Strict):
     """`reasoning`. Ignored: summary, generate_summary (the reasoning itself is in the reply)."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
     mode: Literal["standard"] | None = None
     summary: str | None = None

@@ -133,15 +133,15 @@ export class ReplyView {
       this.#tick();
     }
     if (content) {
-      if (this.reasoning && this.#reasoned === null) this.#endReasoning();
       this.content += content;
+      if (this.reasoning && this.#reasoned === null) this.#endReasoning();
       this.#text.append(content);
     }
   }
 
   #endReasoning() {
     this.#reasoned = performance.now();
-    this.#details.open = false;
+    this.#details.open = !this.content; // without an answer it is all there is
     say(this.#summary, "thought", { seconds: this.#reasoningSeconds() });
   }
 

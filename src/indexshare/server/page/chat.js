@@ -79,6 +79,7 @@ export class Chat {
         const choice = chunk.choices[0];
         if (choice) view.append(choice.delta);
         if (choice?.finish_reason === "length") view.remark("cut_off");
+        else if (choice?.finish_reason && !view.content) view.remark("no_answer");
         this.#follow(isAtEnd);
       }
       this.#page.announce("finished");
