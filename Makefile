@@ -47,7 +47,7 @@ test: lint
 # what cannot be installed is skipped, with the reason.
 test-e2e: export E2E_INSTALL = 1
 test-e2e: $(DEVELOPMENT)
-	@$(PIP) --editable ".[server,dev,oracle,e2e]"
+	@$(PIP) --editable ".[server,train,dev,oracle,e2e]"
 	@timeout 3600 $(BIN)/pytest --quiet -m slow tests/e2e
 
 fuzz: $(FUZZ)/atheris
@@ -114,5 +114,5 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEVELOPMENT): $(RUNTIME)
 	@echo "== installing the development tools and the reference implementation"
-	@$(PIP) --editable ".[server,dev,oracle]"
+	@$(PIP) --editable ".[server,train,dev,oracle]"
 	@touch $@

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from indexshare.data.rows import IGNORED, Batch
 from indexshare.errors import TrainingError
 from indexshare.train import corpus
 from indexshare.train.episodes import (
@@ -38,7 +39,6 @@ from indexshare.train.tool_episodes import TALK, TOOLS, make_talk, make_tool_cal
 from indexshare.train.words import FIRST_WORDS, SECOND_WORDS
 
 SHARD_TYPE = np.dtype("<u2")
-IGNORED = -100
 _REPEATS_OF_WORDS = 250  # how often the tokenizer sees each word of a subject: enough to make each one token
 _MIN_RETRIEVAL = 240
 
@@ -204,22 +204,6 @@ class Mixture:
     document_weight: float = 1.0  # loss weight of the code inside retrieval documents
     position_skips: float = 0.5  # share of rows whose positions skip ahead
     max_position: int = 131_072  # positions stay below this
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One step's data, B rows of T tokens.
-
-    token_ids, targets, positions: int64 [B, T]; `targets` is the next token, or -100 where nothing is to be learned;
-    loss_weights: float32 [B, T], 0 exactly where targets is -100. segment_starts: offsets into the flattened [B*T]
-    batch at which a new document begins, ascending, first 0 and last B*T, as KeyLayout.sequence_starts wants them.
-    """
-
-    token_ids: TokenIds
-    targets: TokenIds
-    loss_weights: NDArray[np.float32]
-    positions: TokenIds
-    segment_starts: tuple[int, ...]
 
 
 class PackedBatches:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from indexshare.data.rows import IGNORED
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model.batch import ForwardBatch, Trace
 from indexshare.model.glm import GlmForCausalLM
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

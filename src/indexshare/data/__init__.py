@@ -1,0 +1,1 @@
+"""Files to token rows: documents, filters, duplicates, packing. No tensors: arrays of numpy."""
