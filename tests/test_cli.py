@@ -20,6 +20,7 @@ from indexshare.model.recipes import tiny
 
 COMMANDS = {
     "chat",
+    "data",
     "demo",
     "doctor",
     "eval",
@@ -31,6 +32,7 @@ COMMANDS = {
     "quantize",
     "serve",
     "score",
+    "share",
     "train",
 }
 

@@ -16,13 +16,11 @@ from cyclopts import App, CycloptsError, Parameter
 from indexshare import __version__, runtime
 from indexshare.errors import IndexShareError, RequestError
 from indexshare.options import (
-    DEFAULT_CACHE,
     DEFAULT_LOAD,
     DEFAULT_SAMPLING,
     DEFAULT_SERVE,
     DEFAULT_TRAIN,
     AsJson,
-    CacheOptions,
     CheckFailedError,
     Dtype,
     File,
@@ -181,37 +179,6 @@ def inspect(
     show(inspection, render(inspection), as_json)
 
 
-@app.command(help_epilogue="Example:\n\n    indexshare plan glm-5.2 --context 1048576")
-def plan(
-    model: ModelOrRecipe,
-    /,
-    *,
-    context: int = 131_072,
-    device: str = "cpu",
-    index_pattern: str | None = None,
-    strict: bool = True,
-    as_json: AsJson = False,
-    cache: CacheOptions = DEFAULT_CACHE,
-) -> None:
-    """Does a model fit on this machine, in which format, and what will be slow; nothing is loaded.
-
-    Args:
-        context: Tokens of one sequence, prompt and answer together.
-        device: Whose memory to count: cpu, cuda, cuda:1, ..., or auto.
-        index_pattern: Full (F) and shared (S) layers in place of the model's own.
-        strict: Refuse unknown keys in config.json; --no-strict warns instead.
-    """
-    from indexshare.engine.resolve import resolve_config, storage_of
-    from indexshare.model.plan import make_plan, render, this_machine
-    from indexshare.terminal import show
-
-    config = resolve_config(model, index_pattern=index_pattern, strict=strict)
-    directory, on_disk = storage_of(model)
-    machine = this_machine(device, directory)
-    result = make_plan(config, model, context, machine, on_disk=on_disk, caches=cache.formats())
-    show(result, render(result), as_json)
-
-
 @app.command(help_epilogue="Examples:\n\n    indexshare kernels\n    indexshare kernels --device cpu --json")
 def kernels(*, device: str | None = None, as_json: AsJson = False) -> None:
     """Which implementation of each operation runs on which device, and why.
@@ -249,15 +216,22 @@ def quantize(model: Model, /, *, options: QuantizeOptions, as_json: AsJson = Fal
     show(result, render(result), as_json)
 
 
-@app.command(help_epilogue="Example:\n\n    indexshare train tiny --output runs/tiny --max-minutes 1")
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "    indexshare train tiny --output runs/tiny --max-minutes 1\n"
+    "    indexshare train chats.toml --output runs/chats"
+)
 def train(
-    recipe: Annotated[str, Parameter(help="A training recipe: tiny (a minute) or nano (the model in this package).")],
+    recipe: Annotated[
+        str, Parameter(help="A recipe file in TOML, or tiny (a minute), or nano (the model in this package).")
+    ],
     /,
     *,
     options: TrainOptions = DEFAULT_TRAIN,
 ) -> None:
     """Train a model; a run that was stopped goes on where it was, with the same numbers."""
-    print(options.train(recipe))
+    if outcome := options.train(recipe):
+        print(outcome)
 
 
 @app.command(
@@ -358,6 +332,11 @@ def demo(
         on_stderr=as_json,
     )
     show(result, render(result), as_json)
+
+
+app.command("indexshare.commands.data:app", name="data", help="From files to tokens that training reads.")
+app.command("indexshare.commands.plan:app", name="plan", help="Does a model fit, to run it or to train it.")
+app.command("indexshare.commands.share:app", name="share", help="Which layers may share an indexer's choice.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

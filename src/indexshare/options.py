@@ -172,7 +172,7 @@ class TrainOptions:
     """How to run a training recipe."""
 
     output: Path | None = None
-    """Directory for data, checkpoints and log; by default runs/RECIPE."""
+    """Directory for data, checkpoints and log; by default runs/ and the recipe's name."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, ..."""
     resume: bool = True
@@ -183,22 +183,38 @@ class TrainOptions:
     """Stop after this many minutes of this call."""
     threads: int | None = None
     """CPU threads; by default all that this process may use."""
+    cp: int = 1
+    """Of the processes that torchrun started, as many divide the tokens of the same rows (context parallelism)."""
+    ep: int = 1
+    """As many divide the experts of each layer (expert parallelism)."""
+    show: Annotated[bool, Parameter(negative="")] = False
+    """Only print the recipe as JSON, with everything that it leaves open filled in."""
 
-    def train(self, recipe: str) -> str:
-        """Train, and say in a line how it ended. Raises as `train.recipes.run`."""
+    def train(self, name: str) -> str:
+        """Train, and say in a line how it ended; of several processes the main one. Raises as `train.recipes.run`."""
+        import msgspec
+
         from indexshare import runtime
+        from indexshare.train.distributed import Mesh, is_main, process_group
         from indexshare.train.recipes import recipe_named, run
 
         runtime.set_threads(self.threads)
-        directory = self.output or Path("runs") / recipe
-        _, result = run(
-            recipe_named(recipe),
-            directory,
-            device=str(runtime.resolve_device(self.device)),
-            resume=self.resume,
-            accept_recipe_change=self.accept_recipe_change,
-            max_minutes=self.max_minutes,
-        )
+        recipe = recipe_named(name)
+        if self.show:
+            return msgspec.json.format(msgspec.json.encode(recipe)).decode()
+        directory = self.output or Path("runs") / recipe.name
+        with process_group(runtime.resolve_device(self.device)) as device:
+            _, result = run(
+                recipe,
+                directory,
+                device=str(device),
+                resume=self.resume,
+                accept_recipe_change=self.accept_recipe_change,
+                max_minutes=self.max_minutes,
+                mesh=Mesh.over_all(cp=self.cp, ep=self.ep),
+            )
+            if not is_main():
+                return ""
         loss = f"loss {result.lm_loss:.4f}"
         return f"stopped: {result.stopped}, step {result.step:,}, {loss}, model in {directory / 'model'}"
 

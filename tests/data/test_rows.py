@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 
 from indexshare.chat.tokenizer import Tokenizer
-from indexshare.data.rows import IGNORED, TokenRows
-from indexshare.engine.resolve import packaged_model
+from indexshare.data.rows import IGNORED, TokenRows, open_rows
+from indexshare.data.shards import ShardWriter, fingerprint
 from indexshare.errors import TrainingError
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(packaged_model())
 
 
 def test_every_row_comes_once_an_epoch(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -45,3 +40,61 @@ def test_too_little_data_and_wrong_lines_are_named(tmp_path: Path, tokenizer: To
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"words": 1}\n')
     with pytest.raises(TrainingError, match=r"b\.jsonl:2"):
         TokenRows.from_files([tmp_path / "b.jsonl"], tokenizer, length=8)
+
+
+def test_built_data_gives_the_rows_of_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"document {number} has some words of its own\n" * 3 for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    mark = fingerprint(tokenizer)
+    end = tokenizer.control_id("<|endoftext|>")
+    with ShardWriter(
+        tmp_path / "train", vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=mark, shard_bytes=200
+    ) as writer:
+        for number, text in enumerate(texts):
+            writer.add(np.asarray([*tokenizer.encode(text), end]), f"a.jsonl:{number + 1}", opens_segment=True)
+    plain = open_rows([tmp_path / "a.jsonl"], tokenizer, length=24, seed=3)
+    for source in (tmp_path, tmp_path / "train"):
+        built = open_rows([source], tokenizer, length=24, seed=3)
+        assert built.num_rows == plain.num_rows
+        for step in (0, 1, plain.num_rows // 2, plain.num_rows):
+            first, second = plain.batch(step, 3), built.batch(step, 3)
+            assert first.segment_starts == second.segment_starts
+            for name in ("token_ids", "targets", "loss_weights", "positions"):
+                assert np.array_equal(getattr(first, name), getattr(second, name)), name
+    with pytest.raises(TrainingError, match="give it alone"):
+        open_rows([tmp_path, tmp_path / "a.jsonl"], tokenizer, length=24)
+    with pytest.raises(TrainingError, match=r"has no index\.json"):
+        TokenRows.from_directory(tmp_path / "nothing", length=24)
+
+
+def test_data_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with ShardWriter(tmp_path / "train", vocab_size=tokenizer.vocab_size, tokenizer_fingerprint="other") as writer:
+        writer.add(np.arange(100), "a", opens_segment=True)
+    with pytest.raises(TrainingError, match="another tokenizer"):
+        open_rows([tmp_path], tokenizer, length=8)
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = TokenRows(np.arange(1001), np.asarray([0]), length=10, seed=5)
+    made: list[object] = []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or make(seed))
+    order = [int(rows.batch(step, 4).token_ids[0, 0]) for step in range(50)]
+    assert made == [[5, 0], [5, 1]]
+    again = TokenRows(np.arange(1001), np.asarray([0]), length=10, seed=5)
+    assert [int(again.batch(step, 4).token_ids[0, 0]) for step in reversed(range(50))] == order[::-1]
+
+
+def test_files_of_a_repository_see_each_other(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "setup.py").write_text("from setuptools import setup\n" * 3)
+        (tmp_path / folder / "a.py").write_text("import os\n" * 5)
+    (tmp_path / "x.txt").write_text("alone")
+    (tmp_path / "y.txt").write_text("alone as well")
+    sizes = [len(tokenizer.encode(text)) + 1 for text in ("import os\n" * 5, "from setuptools import setup\n" * 3)] * 2
+    sizes += [len(tokenizer.encode(text)) + 1 for text in ("alone", "alone as well")]
+    batch = TokenRows.from_files([tmp_path], tokenizer, length=sum(sizes) - 1).batch(0, 1)
+    ends = np.cumsum(sizes)
+    assert batch.segment_starts == (0, int(ends[1]), int(ends[3]), int(ends[4]), sum(sizes) - 1)
+    assert np.flatnonzero(batch.targets[0] == IGNORED).tolist() == (ends[:-1] - 1).tolist()

@@ -270,7 +270,7 @@ def test_a_cancelled_request_ends_and_leaves_nothing(llm: LLM) -> None:
 
 def test_what_never_fits_and_what_does_not_fit_now(llm: LLM) -> None:
     served = Served(llm, cache_tokens=64, limits=Limits(max_waiting=2))
-    with pytest.raises(MemoryLimitError, match=r"60 prompt tokens and 5 new ones need .* bytes"):
+    with pytest.raises(MemoryLimitError, match=r"60 prompt tokens and 5 new ones are 65 tokens .* bytes"):
         served.engine.submit(wish(60, max_new_tokens=5))
     with pytest.raises(RequestError, match="empty"):
         served.engine.submit(wish(0))

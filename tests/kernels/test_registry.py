@@ -149,9 +149,8 @@ def test_the_operations_of_the_model_are_registered() -> None:
     assert names | {"run_layers"} == {choice.operation for choice in registry.describe(("cpu",))}
     assert names == {
         "cache_write",
-        "index_scores",
         "index_select",
-        "indexer_kl",
+        "indexer_loss",
         "layer_norm",
         "linear",
         "rope_table",

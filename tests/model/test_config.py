@@ -188,8 +188,8 @@ def test_a_single_end_token_becomes_a_tuple() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"n_group": 8}, "n_group is 8"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"n_group": 7}, "n_group is 7"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),

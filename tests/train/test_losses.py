@@ -1,9 +1,12 @@
 """What a step minimises: who gets gradients, what is supervised, and that selections repeat (facts for RL, too)."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
+from indexshare.kernels import registry
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model import glm, recipes
 from indexshare.model.batch import ForwardBatch, Trace
@@ -148,3 +151,30 @@ def test_the_indexer_loss_is_over_every_nth_token_and_those_that_weigh_more() ->
     weights[[5, 30]] = 2.0
     chosen = losses_module._index_queries(STARTS, weights, 10)
     assert [each.tolist() for each in chosen] == [[0, 5, 10, 20], [0, 5, 10]]
+
+
+def test_an_indexer_learns_from_the_mean_over_the_layers_it_serves() -> None:
+    """L_multi of IndexCache: 1 / (m + 1) for each of m + 1 layers; indexers add up. tiny is F F S S F S, and MTP."""
+    by_layer = {layer: torch.tensor(float(2**layer)) for layer in (5, 0, 1, 2, 3, 4, 6)}
+    config = recipes.tiny()
+    expected = 1 + (2 + 4 + 8) / 3 + (16 + 32) / 2 + 64
+    assert float(losses_module.index_loss(config, by_layer)) == pytest.approx(expected)
+    assert float(losses_module.index_loss(config, {0: torch.tensor(3.0)})) == 3.0
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_layers_that_run_again_give_the_same_gradients_and_choose_once(attention: Literal["sparse", "dense"]) -> None:
+    def step(recompute: bool) -> tuple[dict[str, Tensor], Losses, int]:
+        built, before = model(), registry.num_calls("index_select")
+        losses = step_loss(
+            built, *inputs(), STARTS, attention=attention, mtp_weight=0.1, index_target="visible", recompute=recompute
+        )
+        losses.total.backward()
+        found = {name: weight.grad for name, weight in built.named_parameters() if weight.grad is not None}
+        return found, losses, registry.num_calls("index_select") - before
+
+    plain, again = step(recompute=False), step(recompute=True)
+    assert plain[0].keys() == again[0].keys()
+    assert all(torch.equal(plain[0][name], again[0][name]) for name in plain[0])
+    assert torch.equal(plain[1].total, again[1].total)
+    assert plain[2] == again[2]

@@ -140,10 +140,10 @@ def page(result: DemoResult) -> str:
         "runs them in some layers and shares their choice.</figcaption></figure>"
         f"<figure>{needle_picture(result.needles)}<figcaption>Exact answers through the chat template, and the share "
         "of questions for which at least one full layer had the fact among its selected keys.</figcaption></figure>"
-        f"<h2>Three ways to attend</h2>{_table(COLUMNS, rows, 'figures')}<p class=quiet>{escape(NOTE)}</p>"
+        f"<h2>Three ways to attend</h2>{html_table(COLUMNS, rows, 'figures')}<p class=quiet>{escape(NOTE)}</p>"
         f"<h2>Asked at {long.num_tokens:,} tokens</h2>"
-        f"{_table(('access code of', 'is', 'the model said', 'depth', ''), asked, 'asked')}"
-        f"<h2>Machine</h2>{_table((), _machine_rows(result), 'plain')}</body></html>\n"
+        f"{html_table(('access code of', 'is', 'the model said', 'depth', ''), asked, 'asked')}"
+        f"<h2>Machine</h2>{html_table((), _machine_rows(result), 'plain')}</body></html>\n"
     )
 
 
@@ -162,7 +162,8 @@ def _threads(machine: MachineReport) -> str:
     return "1 thread" if machine.num_threads == 1 else f"{machine.num_threads} threads"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
+    """A table of PAGE_STYLE; everything in it is escaped. The last row of style "figures" stands out."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         f'<tr class="{"last" if style == "figures" and row is rows[-1] else ""}">'

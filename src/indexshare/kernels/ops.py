@@ -102,8 +102,7 @@ def _key_scores(query_TJI: Tensor, weights_TJ: Tensor, keys_SI: Tensor) -> Tenso
     """Index scores [T, S]: sum over heads of weight * relu(query . key / sqrt(I))."""
     num_tokens, num_heads, dim = query_TJI.shape
     products = (query_TJI.reshape(-1, dim) @ keys_SI.T).view(num_tokens, num_heads, -1)
-    products = products.relu() if products.requires_grad else products.relu_()
-    return (weights_TJ[:, None] @ products).squeeze(1)
+    return (weights_TJ[:, None] @ products.relu_()).squeeze(1)
 
 
 def _scaled_query(query_TJI: Tensor) -> Tensor:
@@ -382,7 +381,8 @@ def moe_route(
     wide = _compute_dtype(hidden)
     with _full_precision(hidden):
         scores = F.linear(hidden.to(wide), weight.to(wide)).sigmoid()
-    experts = (scores.detach() + bias.to(wide)).sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
+    ranks = (scores.detach() + bias.to(wide)).sort(dim=-1, descending=True, stable=True).indices
+    experts = ranks[:, :num_chosen].contiguous()  # the C++ kernel of `moe_experts` asks for that
     gates = scores.gather(1, experts)
     if normalise:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
@@ -422,78 +422,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@operation
-def index_scores(query: Tensor, weights: Tensor, keys: Tensor, layout: KeyLayout, asked: list[Tensor]) -> list[Tensor]:
-    """Differentiable index scores for training: [n, S] per sequence, -inf for future keys.
-
-    asked: int64 [n] per sequence, the new tokens whose scores are wanted; a few, because nothing here is sparse. Other
-    arguments as index_select.
-    """
-    assert len(asked) == layout.num_sequences
-    with _full_precision(query):
-        query, weights = _scaled_query(query), weights.to(_compute_dtype(query))
-        scores = []
-        for b, chosen in enumerate(asked):
-            new = layout.sequence_starts[b] + chosen
-            dense = _key_scores(query[new], weights[new], layout.keys(keys, b).to(query.dtype))
-            scores.append(dense.masked_fill(future_keys(layout, b, chosen), float("-inf")))
-        return scores
-
-
-def future_keys(layout: KeyLayout, sequence: int, asked: Tensor) -> Tensor:
-    """bool [n, S]: keys that the new tokens `asked` [n] of a sequence must not see."""
-    keys = torch.arange(layout.context_lengths[sequence], device=asked.device)
-    return keys > layout.num_past(sequence) + asked[:, None]
-
-
-def selection_masks(selection: Tensor, layout: KeyLayout, asked: list[Tensor] | None = None) -> list[Tensor]:
-    """A selection of a packed layout as bool [n, S] per sequence: of all new tokens, or of those in `asked`."""
+def selection_masks(selection: Tensor, layout: KeyLayout) -> list[Tensor]:
+    """A selection of a packed layout as bool [new, S] per sequence."""
     assert layout.page_table is None, "with a cache, rows are gathered and never masked"
     masks = []
     for b in range(layout.num_sequences):
         start, stop = layout.sequence_starts[b], layout.sequence_starts[b + 1]
-        rows = selection[start:stop] if asked is None else selection[start + asked[b]]
+        rows = selection[start:stop]
         # Column 0 collects the padding and is dropped.
-        mask = torch.zeros(rows.shape[0], stop - start + 1, dtype=torch.bool, device=selection.device)
+        mask = torch.zeros(stop - start, stop - start + 1, dtype=torch.bool, device=selection.device)
         masks.append(mask.scatter_(1, (rows.long() - start + 1).clamp(min=0), True)[:, 1:])
     return masks
-
-
-@torch.no_grad()
-def attention_target(
-    query: Tensor, latents: Tensor, layout: KeyLayout, masks: list[Tensor] | None, scale: float, asked: list[Tensor]
-) -> list[Tensor]:
-    """Head-averaged attention probabilities, the indexer's target: [n, S] for the new tokens `asked` of each sequence.
-
-    Absorbed query [T, H, W] and latents pool [R, W] as in mla_sparse; masks: bool [n, S], the selected keys; None for
-    all visible ones. Source: DeepSeek-V3.2, section 2.1.
-    """
-    targets = []
-    with _full_precision(query):
-        for b, chosen in enumerate(asked):
-            scaled = query[layout.sequence_starts[b] + chosen].to(_compute_dtype(query)) * scale
-            keys = layout.keys(latents, b).to(scaled.dtype)
-            hidden = future_keys(layout, b, chosen) if masks is None else ~masks[b]
-            total = torch.zeros(hidden.shape, dtype=scaled.dtype, device=query.device)
-            for head in range(query.shape[1]):
-                total += (scaled[:, head] @ keys.T).masked_fill_(hidden, float("-inf")).softmax(-1)
-            targets.append(total / query.shape[1])
-    return targets
-
-
-@operation
-def indexer_kl(scores: list[Tensor], targets: list[Tensor], masks: list[Tensor] | None) -> Tensor:
-    """Mean over queries of KL(target || softmax(scores over the masked keys)), scalar; lists of [n, S] per sequence.
-
-    Source: DeepSeek-V3.2 section 2.1; summed over the layers that share an indexer it is the multi-layer
-    distillation of IndexCache (arXiv 2603.12201). Gradients reach the scores only.
-    """
-    total = scores[0].new_zeros(())
-    num_queries = 0
-    for b, (score, target) in enumerate(zip(scores, targets, strict=True)):
-        if masks is not None:
-            score = score.masked_fill(~masks[b], float("-inf"))
-        log_choice = score.log_softmax(-1).masked_fill(target == 0, 0.0)
-        total = total + (torch.special.xlogy(target, target) - target * log_choice).sum()
-        num_queries += score.shape[0]
-    return total / num_queries

@@ -1,5 +1,6 @@
 """What one forward pass needs, as plain values: the model keeps no state of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,17 +11,27 @@ from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.pool import Pool, QuantizedPool
 
 
+class IndexerOutput(NamedTuple):
+    """What an indexer scores with: queries [n, J, I] and head weights [n, J] of n new tokens, keys [T, I] of all."""
+
+    query: Tensor
+    weights: Tensor
+    keys: Tensor
+
+
 class Selection(NamedTuple):
     """What a full layer hands to the shared layers after it.
 
     rows: int32 [T, K] pool rows (see kernels/ops.py), or None when every visible key is attended to.
     masks: the same rows as bool [new, S] per sequence; only in training on short sequences.
-    scores: the indexer's differentiable scores [n, S] per sequence for `index_queries`; only while it is trained.
+    indexer: what the choice was made with, of the tokens in `index_queries`; only while indexers are trained.
+    latents: keys [T, W] of the layer that selected; only in training, where later draft steps of MTP attend to them.
     """
 
     rows: Tensor | None
     masks: list[Tensor] | None = None
-    scores: list[Tensor] | None = None
+    indexer: IndexerOutput | None = None
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +70,22 @@ class CacheView:
         return self._addresses[layers]
 
 
-@dataclass(slots=True)
 class Trace:
     """What a caller wants to see of a forward pass; filled by the layers when given.
 
     selections: rows chosen by each full layer. In training also expert_counts: int64 [E], tokens sent to each expert,
-    by layer, and index_losses: one term of the indexer's loss per layer, if the batch trains the indexer.
+    by layer, and index_losses: by layer, how far its attention is from the scores of the indexer whose choice it uses
+    (`kernels/index_loss.py`, nats for each query), if the batch trains indexers.
+    kept_choices: with `recompute`, layers keep only their inputs and run again on the way back, with the rows that they
+    chose the first time and put here, by layer.
+    Not a dataclass: FSDP2 looks into those for tensors, and hands layers a copy.
     """
 
-    selections: dict[int, Tensor | None] = field(default_factory=dict)
-    expert_counts: dict[int, Tensor] = field(default_factory=dict)
-    index_losses: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, *, recompute: bool = False) -> None:
+        self.kept_choices: dict[int, Tensor] | None = {} if recompute else None
+        self.selections: dict[int, Tensor | None] = {}
+        self.expert_counts: dict[int, Tensor] = {}
+        self.index_losses: dict[int, Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +96,7 @@ class ForwardBatch:
     are the batch's own tokens. attention "dense" ignores the indexer's choice. query_only writes no keys and runs no
     indexer (later draft steps of MTP). index_queries: int64 [n] per sequence, the new tokens over which the
     indexer's loss is taken and added to `trace`; None does not train it. index_target: which keys that loss is over.
+    gather: in training on several ranks, makes the keys of all out of the rows of this one, where `layout` finds them.
     """
 
     token_ids: Tensor
@@ -91,3 +108,4 @@ class ForwardBatch:
     index_queries: list[Tensor] | None = None
     index_target: Literal["selected", "visible"] = "selected"
     trace: Trace | None = None
+    gather: Callable[[Tensor], Tensor] | None = None

@@ -1,6 +1,7 @@
 """The configuration of GLM-5, 5.1, 5.2 and 5.3: read strictly from `config.json`, written as transformers reads it.
 
-Field names are the keys of `config.json`. Which layers own an indexer is resolved here, once, into `indexer_types`.
+Field names are the keys of `config.json`. Which layers own an indexer is resolved here, once, into `indexer_types`; it
+is empty for the families of checkpoints that have none (`families`), whose attention is dense.
 """
 
 from __future__ import annotations
@@ -16,52 +17,12 @@ from typing import Self
 import msgspec
 
 from indexshare.errors import ConfigError
+from indexshare.model.families import FAMILIES, FIXED_VALUES, INDEX_KEYS, UNUSED_KEYS, WITH_INDEXERS, family_of
+from indexshare.model.rope_scaling import RopeScaling, read_rope, write_rope
 from indexshare.quant import quantization_config
 
-ARCHITECTURE = "GlmMoeDsaForCausalLM"
-MODEL_TYPE = "glm_moe_dsa"
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS = 10_000  # a wrong number must not become a list of that length
-
-# Keys with one value that this model implements; an absent key means that value.
-FIXED_VALUES: dict[str, object] = {
-    "model_type": MODEL_TYPE,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "moe_router_dtype": "float32",
-    "n_group": 1,
-    "topk_group": 1,
-}
-
-# Known, and without meaning here: what transformers 5.23 writes of its own, and hints to other software.
-# `head_dim` is among them because it is 192 in the released files and 64 (the rotary width) in transformers' own.
-UNUSED_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "ep_size",
-        "head_dim",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "layer_types",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "rope_scaling",
-        "transformers_version",
-        "use_cache",
-    }
-)
 
 # Written for transformers and other readers, with the values of the released files.
 WRITTEN_FOR_OTHERS: dict[str, object] = {"use_cache": True, "pretraining_tp": 1, "ep_size": 1}
@@ -76,16 +37,13 @@ REDUNDANT_KEYS = {
     "num_local_experts": "n_routed_experts",
 }
 
-DERIVED_KEYS = frozenset(
-    {"architectures", "rope_parameters", "rope_theta", "quantization_config", "torch_dtype", "qk_head_dim"}
-)
+DERIVED_KEYS = frozenset({"architectures", "rope_parameters", "quantization_config", "torch_dtype", "qk_head_dim"})
 
 POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "q_lora_rank",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
@@ -95,9 +53,8 @@ POSITIVE_FIELDS = (
     "n_routed_experts",
     "n_shared_experts",
     "num_experts_per_tok",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
+    "n_group",
+    "topk_group",
     "index_topk_freq",
     "max_position_embeddings",
     "rms_norm_eps",
@@ -105,12 +62,14 @@ POSITIVE_FIELDS = (
     "rope_theta",
     "initializer_range",
 )
+INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlmConfig:
     """A GLM-5 family model. Build it with `from_json` or a recipe; `dataclasses.replace` makes checked variants."""
 
+    model_type: str = WITH_INDEXERS  # a name in `families.FAMILIES`
     # sizes
     vocab_size: int
     hidden_size: int
@@ -119,19 +78,21 @@ class GlmConfig:
     rms_norm_eps: float
     latent_norm_eps: float  # ours: epsilon of q_a_layernorm and kv_a_layernorm; transformers has 1e-6 there
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
     # multi-head latent attention
     num_attention_heads: int
-    q_lora_rank: int
+    q_lora_rank: int | None  # None: queries are projected from hidden states directly
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     rope_interleave: bool = True
-    # indexer
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    indexer_types: tuple[str, ...]  # "full" or "shared" for each layer; the MTP layer is always full
+    attention_bias: bool = False  # of q_a_proj, kv_a_proj_with_mqa and o_proj
+    # indexer; 0 and () in a model without
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    indexer_types: tuple[str, ...] = ()  # "full" or "shared" for each layer; the MTP layer is always full
     index_topk_freq: int = 1
     index_skip_topk_offset: int = 2
     index_topk_pattern: str | tuple[str, ...] | None = None
@@ -145,6 +106,9 @@ class GlmConfig:
     num_experts_per_tok: int
     norm_topk_prob: bool
     routed_scaling_factor: float
+    topk_method: str = "noaux_tc"  # sigmoid scores and a bias; "greedy", "group_limited_greedy": softmax scores
+    n_group: int = 1  # experts are chosen from the topk_group best of n_group groups
+    topk_group: int = 1
     first_k_dense_replace: int
     mlp_layer_types: tuple[str, ...]  # "dense" or "sparse" for each layer; the MTP layer is always sparse
     # the rest
@@ -172,13 +136,27 @@ class GlmConfig:
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
     @property
+    def has_indexers(self) -> bool:
+        """Whether attention is sparse; without indexers every layer attends to all visible keys."""
+        return bool(self.indexer_types)
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores of queries and keys are multiplied with before the softmax."""
+        return self.qk_head_dim**-0.5 * (1.0 if self.rope_scaling is None else self.rope_scaling.softmax_scale)
+
+    def num_attended(self, context: int) -> int:
+        """Keys that one query attends to with `context` tokens visible."""
+        return min(context, self.index_topk) if self.has_indexers else context
+
+    @property
     def full_layers(self) -> tuple[int, ...]:
         """Layers of the main model that own an indexer."""
         return tuple(index for index, kind in enumerate(self.indexer_types) if kind == "full")
 
     def is_full(self, layer: int) -> bool:
-        """Whether a layer owns an indexer; the MTP layer (index = num_hidden_layers) does."""
-        return layer == self.num_hidden_layers or self.indexer_types[layer] == "full"
+        """Whether a layer owns an indexer; the MTP layer (index = num_hidden_layers) does if any does."""
+        return self.has_indexers and (layer == self.num_hidden_layers or self.indexer_types[layer] == "full")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer's feed-forward part is a mixture of experts; the MTP layer's is."""
@@ -191,18 +169,15 @@ class GlmConfig:
         for name in ("first_k_dense_replace", "index_skip_topk_offset"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        _check_layer_list("indexer_types", self.indexer_types, ("full", "shared"), self.num_hidden_layers)
-        _check_layer_list("mlp_layer_types", self.mlp_layer_types, ("dense", "sparse"), self.num_hidden_layers)
-        if self.indexer_types[0] != "full":
-            raise ConfigError("the first layer must be full: a shared layer reuses the selection of a layer before it")
+        if self.q_lora_rank is not None and self.q_lora_rank <= 0:
+            raise ConfigError(f"q_lora_rank must be absent or greater than 0, not {self.q_lora_rank}")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}: RoPE turns pairs")
-        if self.index_head_dim < self.qk_rope_head_dim:
-            raise ConfigError(f"index_head_dim {self.index_head_dim} is smaller than qk_rope_head_dim")
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}"
-            )
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta must be greater than 1 for scaled RoPE, not {self.rope_theta}")
+        self._check_indexers()
+        _check_layer_list("mlp_layer_types", self.mlp_layer_types, ("dense", "sparse"), self.num_hidden_layers)
+        self._check_routing()
         if self.num_nextn_predict_layers not in (0, 1):
             raise ConfigError(f"num_nextn_predict_layers must be 0 or 1, not {self.num_nextn_predict_layers}")
         if self.dtype not in DTYPES:
@@ -212,6 +187,40 @@ class GlmConfig:
         for token in (*self.eos_token_id, *(() if self.pad_token_id is None else (self.pad_token_id,))):
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"eos_token_id or pad_token_id {token} is outside vocab_size {self.vocab_size}")
+
+    def _check_indexers(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise ConfigError(f"model_type is {self.model_type!r}; supported are {', '.join(FAMILIES)}")
+        if self.model_type != WITH_INDEXERS:
+            if self.has_indexers:
+                raise ConfigError(f"{self.model_type} has no indexers; with some it is {WITH_INDEXERS}")
+            return
+        for name in INDEX_SIZES:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        _check_layer_list("indexer_types", self.indexer_types, ("full", "shared"), self.num_hidden_layers)
+        if self.indexer_types[0] != "full":
+            raise ConfigError("the first layer must be full: a shared layer reuses the selection of a layer before it")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ConfigError(f"index_head_dim {self.index_head_dim} is smaller than qk_rope_head_dim")
+        if self.q_lora_rank is None:
+            raise ConfigError("q_lora_rank is null: an indexer reads the query latent, which this model does not have")
+
+    def _check_routing(self) -> None:
+        methods = FAMILIES[self.model_type].topk_methods
+        if self.topk_method not in methods:
+            allowed = " and ".join(map(repr, methods))
+            raise ConfigError(f"topk_method is {self.topk_method!r}; only {allowed} is supported in {self.model_type}")
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if chosen > experts:
+            raise ConfigError(f"num_experts_per_tok {chosen} exceeds n_routed_experts {experts}")
+        if self.topk_method == "greedy" or self.n_group == 1:
+            return
+        size = experts // self.n_group
+        if experts % self.n_group or (self.topk_method == "noaux_tc" and size < 2):
+            raise ConfigError(f"n_group is {self.n_group}: {experts} experts cannot be cut into so many equal groups")
+        if self.topk_group > self.n_group or chosen > self.topk_group * size:
+            raise ConfigError(f"topk_group is {self.topk_group}: {self.n_group} groups of {size} for {chosen} experts")
 
     @classmethod
     def from_json(
@@ -231,8 +240,14 @@ class GlmConfig:
         given = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
         _refuse(given)
         values = {key: value for key, value in given.items() if value is not None}
-        _check_known(values, {field.name for field in dataclasses.fields(cls)}, strict)
+        family = family_of(values)
+        has_indexers = values.get("model_type", WITH_INDEXERS) == WITH_INDEXERS
+        fields_of_family = {field.name for field in dataclasses.fields(cls)} - (set() if has_indexers else INDEX_KEYS)
+        _check_known(values, fields_of_family | set(family.fixed), strict)
+        values = {**family.defaults, **family.fixed, **values}
         if index_pattern is not None:
+            if not has_indexers:
+                raise ConfigError(f"there is no index pattern to choose: {values['model_type']} has no indexers")
             values["index_topk_pattern"] = index_pattern
             values.pop("indexer_types", None)
         if latent_norm_eps is not None:
@@ -246,11 +261,15 @@ class GlmConfig:
 
     def to_json_dict(self) -> dict[str, object]:
         """The content of a `config.json` that `from_json` reads back and that transformers' AutoConfig loads."""
-        content: dict[str, object] = {"architectures": [ARCHITECTURE], **FIXED_VALUES, **WRITTEN_FOR_OTHERS}
+        family = FAMILIES[self.model_type]
+        content: dict[str, object] = {"architectures": [family.architecture]}
+        content |= {**FIXED_VALUES, **WRITTEN_FOR_OTHERS, **family.fixed}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            content[field.name] = list(value) if isinstance(value, tuple) else value
-        content["rope_parameters"] = {"rope_theta": content.pop("rope_theta"), "rope_type": "default"}
+            if self.has_indexers or field.name not in INDEX_KEYS:
+                content[field.name] = list(value) if isinstance(value, tuple) else value
+        del content["rope_scaling"], content["rope_theta"]
+        content["rope_parameters"] = write_rope(self.rope_theta, self.rope_scaling)
         content["num_key_value_heads"] = self.num_attention_heads
         content["qk_head_dim"] = self.qk_head_dim
         content["head_dim"] = self.qk_rope_head_dim
@@ -306,15 +325,6 @@ def _check_known(values: Mapping[str, object], fields: set[str], strict: bool) -
         if strict:
             raise ConfigError(f"{message}; the model may rely on them. strict=False makes this a warning")
         warnings.warn(message, stacklevel=3)
-    for key, expected in FIXED_VALUES.items():
-        value = values.get(key, expected)
-        if value != expected or isinstance(value, bool) != isinstance(expected, bool):
-            raise ConfigError(f"{key} is {value!r}; only {expected!r} is supported")
-    architectures = values.get("architectures", [ARCHITECTURE])
-    if architectures != [ARCHITECTURE]:
-        raise ConfigError(f"architectures is {architectures!r}; only {[ARCHITECTURE]!r} is supported")
-    if values.get("rope_scaling") not in (None, {"rope_type": "default"}):
-        raise ConfigError("rope_scaling is not supported; GLM uses plain RoPE")
 
 
 def _resolve(values: dict[str, object]) -> dict[str, object]:
@@ -323,7 +333,8 @@ def _resolve(values: dict[str, object]) -> dict[str, object]:
     for key, field in REDUNDANT_KEYS.items():
         if key in values and values[key] != values.get(field):
             raise ConfigError(f"{key} is {values[key]!r} but {field} is {values.get(field)!r}; they must be equal")
-    resolved["rope_theta"] = _rope_theta(values)
+    resolved["rope_theta"], resolved["rope_scaling"] = read_rope(values)
+    resolved.setdefault("q_lora_rank", None)
     resolved["dtype"] = values.get("dtype", values.get("torch_dtype", "bfloat16"))
     quantization = values.get("quantization_config")
     resolved["quantization"] = None if quantization is None else quantization_config.check(quantization)
@@ -334,7 +345,7 @@ def _resolve(values: dict[str, object]) -> dict[str, object]:
     num_layers = _integer(values, "num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers is {num_layers:,}; more than {MAX_LAYERS:,} is no model")
-    if "indexer_types" not in values:
+    if values.get("model_type", WITH_INDEXERS) == WITH_INDEXERS and "indexer_types" not in values:
         pattern = values.get("index_topk_pattern")
         if pattern is not None and not isinstance(pattern, (str, list, tuple)):
             raise ConfigError(f"index_topk_pattern must be a string or a list, not {pattern!r}")
@@ -358,21 +369,6 @@ def _integer(values: Mapping[str, object], key: str, default: int | None = None)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{key} must be a whole number, not {value!r}")
     return value
-
-
-def _rope_theta(values: Mapping[str, object]) -> object:
-    parameters = values.get("rope_parameters")
-    if parameters is None:
-        if "rope_theta" not in values:
-            raise ConfigError("config.json lacks rope_parameters (or, in older files, rope_theta)")
-        return values["rope_theta"]
-    if not isinstance(parameters, Mapping) or set(parameters) - {"rope_theta", "rope_type"}:
-        raise ConfigError(f"rope_parameters may hold rope_theta and rope_type only, not {parameters!r}")
-    if parameters.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is supported")
-    if "rope_theta" not in parameters:
-        raise ConfigError("rope_parameters lacks rope_theta")
-    return parameters["rope_theta"]
 
 
 def _check_layer_list(name: str, kinds: Sequence[str], allowed: tuple[str, str], num_layers: int) -> None:

@@ -6,20 +6,23 @@ Sources: released config and tensors of GLM-5.2; GLM-5 (arXiv 2602.15763) for ML
 (arXiv 2603.12201) for sharing. `docs/indexshare.md` has the mathematics.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from indexshare.kernels import ops
+from indexshare import runtime
+from indexshare.kernels import index_loss, ops
 from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.packed import PackedWeight
 from indexshare.kernels.pool import Pool
-from indexshare.kernels.registry import composite
-from indexshare.model.batch import ForwardBatch, Selection
+from indexshare.kernels.registry import composite, specifications
+from indexshare.model.batch import ForwardBatch, IndexerOutput, Selection
 from indexshare.model.config import GlmConfig
+from indexshare.model.routing import is_glm_router, route_in_groups
 
 INDEX_KEY_NORM_EPS = 1e-6
 EXPANDED_MIN_TOKENS = 64
@@ -31,21 +34,30 @@ class RopeTable:
 
     def __init__(self, positions: Tensor, config: GlmConfig, dtype: torch.dtype) -> None:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.cos, self.sin = ops.rope_table(positions, config.qk_rope_head_dim, config.rope_theta, wide)
+        rope_dim, scaling = config.qk_rope_head_dim, config.rope_scaling
+        if scaling is None:
+            self.cos, self.sin = ops.rope_table(positions, rope_dim, config.rope_theta, wide)
+            return
+        frequencies = torch.tensor(scaling.frequencies(rope_dim, config.rope_theta), dtype=torch.float64)
+        angles = positions.double()[:, None] * frequencies.to(positions.device)
+        self.cos = (angles.cos() * scaling.table_scale).to(wide)
+        self.sin = (angles.sin() * scaling.table_scale).to(wide)
 
     def apply(self, x: Tensor, interleaved: bool) -> Tensor:
         return ops.rope(x, self.cos, self.sin, interleaved)
 
 
 class Linear(nn.Module):
-    """A weight [out, in] without bias; in a quantised model `assign_weights` puts a QuantizedWeight in its place."""
+    """A weight [out, in]; in a quantised model `assign_weights` puts a QuantizedWeight in its place."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        output = ops.linear(x, self.weight)
+        return output if self.bias is None else output + self.bias
 
 
 class Embedding(nn.Module):
@@ -89,6 +101,7 @@ class Indexer(nn.Module):
 
     def __init__(self, config: GlmConfig) -> None:
         super().__init__()
+        assert config.q_lora_rank is not None, "checked by the configuration"
         self.config = config
         self.wq_b = Linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim)
         self.wk = Linear(config.hidden_size, config.index_head_dim)
@@ -113,71 +126,105 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention over the selected keys, with an indexer in full layers."""
+    """Multi-head latent attention over the selected keys, with an indexer in full layers; in a model without indexers
+    over all visible keys."""
 
     def __init__(self, config: GlmConfig, layer: int) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
-        heads = config.num_attention_heads
-        self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
-        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
-        self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim)
+        heads, bias = config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.latent_dim, bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias)
         self.indexer = Indexer(config) if config.is_full(layer) else None
-        self.scale = config.qk_head_dim**-0.5
+        self.scale = config.attention_scale
 
     def forward(
         self, x_TD: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable
     ) -> tuple[Tensor, Selection]:
         config = self.config
-        query_latent = self.q_a_layernorm(self.q_a_proj(x_TD))
-        query_THQ = self.q_b_proj(query_latent).view(-1, config.num_attention_heads, config.qk_head_dim)
+        if config.q_lora_rank is None:
+            query_latent, query_THQ = None, self.q_proj(x_TD)
+        else:
+            query_latent = self.q_a_layernorm(self.q_a_proj(x_TD))
+            query_THQ = self.q_b_proj(query_latent)
+        query_THQ = query_THQ.view(-1, config.num_attention_heads, config.qk_head_dim)
         nope, rotary = query_THQ.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         query_THQ = torch.cat((nope, rope.apply(rotary, config.rope_interleave)), dim=-1)
 
-        latent, key_rope = self.kv_a_proj_with_mqa(x_TD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        row_TW = torch.cat((self.kv_a_layernorm(latent), rope.apply(key_rope, config.rope_interleave)), dim=-1)
-        latents = _write(batch, batch.cache.latents[self.layer] if batch.cache else None, row_TW)
-
-        if self.indexer is not None and not batch.query_only:
+        latents = self._keys(x_TD, selected, batch, rope)
+        chooses = self.indexer is not None or not config.has_indexers
+        if chooses and not batch.query_only:
             selected = self._select(x_TD, query_latent, batch, rope)
+            if batch.cache is None:
+                assert isinstance(latents, Tensor), "training has no cache"
+                selected = selected._replace(latents=latents)
         assert selected is not None, "the first layer is full, so that there is a selection to hand on"
         if batch.index_queries is not None:
             assert isinstance(latents, Tensor), "training has no cache"
             self._add_index_loss(query_THQ, latents, selected, batch)
         return self.o_proj(self._attend(query_THQ, latents, selected, batch).flatten(1)), selected
 
-    def _select(self, x_TD: Tensor, query_latent: Tensor, batch: ForwardBatch, rope: RopeTable) -> Selection:
+    def _keys(self, x_TD: Tensor, selected: Selection | None, batch: ForwardBatch, rope: RopeTable) -> Pool:
+        """What this layer attends to, its new rows written; for a query-only batch what the first draft step wrote."""
+        config, pool = self.config, batch.cache.latents[self.layer] if batch.cache else None
+        if batch.query_only:
+            keys = selected.latents if pool is None and selected is not None else pool
+            assert keys is not None, "later draft steps come after a first one"
+            return keys
+        latent, key_rope = self.kv_a_proj_with_mqa(x_TD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        row_TW = torch.cat((self.kv_a_layernorm(latent), rope.apply(key_rope, config.rope_interleave)), dim=-1)
+        return _write(batch, pool, row_TW)
+
+    def _select(self, x_TD: Tensor, query_latent: Tensor | None, batch: ForwardBatch, rope: RopeTable) -> Selection:
         """Runs the indexer: writes its key, chooses the rows. With at most top-k keys, or in dense mode, all."""
-        assert self.indexer is not None
+        if self.indexer is None:
+            return Selection(None)
+        assert query_latent is not None, "checked by the configuration"
         needs_all = batch.attention == "dense" or batch.layout.max_context <= self.config.index_topk
-        if needs_all and batch.cache is None and batch.index_queries is None:
+        if needs_all and batch.cache is None and batch.index_queries is None and batch.gather is None:
             return Selection(None)
         query_TJI, weights_TJ, key_TI = self.indexer(x_TD, query_latent, rope)
         keys = _write(batch, batch.cache.index_keys[self.layer] if batch.cache else None, key_TI)
-        rows = masks = scores = None
+        rows = masks = indexer = None
         if not needs_all:
-            with torch.no_grad():
-                rows = ops.index_select(query_TJI, weights_TJ, keys, batch.layout, self.config.index_topk)
-            if batch.cache is None and batch.layout.max_context <= MASKED_MAX_CONTEXT:
+            rows = self._choose(query_TJI, weights_TJ, keys, batch)
+            if batch.layout.page_table is None and batch.layout.max_context <= MASKED_MAX_CONTEXT:
                 masks = ops.selection_masks(rows, batch.layout)
         if batch.trace is not None:
             batch.trace.selections[self.layer] = rows
         if batch.index_queries is not None:
             assert isinstance(keys, Tensor), "training has no cache"
-            scores = ops.index_scores(query_TJI, weights_TJ, keys, batch.layout, batch.index_queries)
-        return Selection(rows, masks, scores)
+            asked = _asked_tokens(batch)
+            indexer = IndexerOutput(query_TJI[asked], weights_TJ[asked], keys)
+        return Selection(rows, masks, indexer)
+
+    @torch.no_grad()
+    def _choose(self, query_TJI: Tensor, weights_TJ: Tensor, keys: Pool, batch: ForwardBatch) -> Tensor:
+        """The rows with the highest scores, int32 [T, K]; of a layer that runs again those of the first time."""
+        kept = None if batch.trace is None else batch.trace.kept_choices
+        if kept is not None and self.layer in kept:
+            return kept[self.layer]
+        rows = ops.index_select(query_TJI, weights_TJ, keys, batch.layout, self.config.index_topk)
+        if kept is not None:
+            kept[self.layer] = rows
+        return rows
 
     def _attend(self, query_THQ: Tensor, latents: Pool, selected: Selection, batch: ForwardBatch) -> Tensor:
         """-> [T, H, V]. Absorbed over selected rows; expanded in training and where many queries attend to all keys."""
         config = self.config
         kv_b = self.kv_b()
         rows = selected.rows
-        is_expanded = batch.cache is None or batch.layout.num_tokens >= EXPANDED_MIN_TOKENS
+        is_expanded = batch.cache is None
+        is_expanded = is_expanded or (batch.layout.num_tokens >= EXPANDED_MIN_TOKENS and self._may_expand(batch))
         if selected.masks is not None or (rows is None and is_expanded):
             return ops.mla_expanded(query_THQ, latents, kv_b, batch.layout, self.scale, selected.masks)
         query_THW = self._absorb(query_THQ)
@@ -186,6 +233,14 @@ class Attention(nn.Module):
         else:
             attended = ops.mla_sparse(query_THW, latents, rows, self.scale, config.kv_lora_rank)
         return torch.einsum("thc,hvc->thv", attended, kv_b[:, config.qk_nope_head_dim :])
+
+    def _may_expand(self, batch: ForwardBatch) -> bool:
+        """Whether keys and values of a whole context may lie expanded in memory. With indexers the context is at most
+        top-k keys, or a session has counted them (dense attention); without, they must fit half of the workspace."""
+        config = self.config
+        width = 2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim  # as in `ops.mla_expanded`
+        num_bytes = batch.layout.max_context * config.num_attention_heads * width * self.kv_b_proj.weight.itemsize
+        return config.has_indexers or num_bytes <= runtime.settings().workspace_bytes // 2
 
     def kv_b(self) -> Tensor:
         """kv_b_proj as [H, N + V, C]. It is never quantised: it is small, and absorption uses it in two directions."""
@@ -198,23 +253,37 @@ class Attention(nn.Module):
         return torch.cat((absorbed, rotary), dim=-1)
 
     def _add_index_loss(self, query_THQ: Tensor, latents: Tensor, selected: Selection, batch: ForwardBatch) -> None:
-        """KL of this layer's attention against the indexer it uses: summed over layers, multi-layer distillation."""
-        assert batch.trace is not None and batch.index_queries is not None and selected.scores is not None
+        """KL of this layer's attention against the indexer it uses, its own or that of a layer before it.
+
+        A shared layer needs no scores for that, only what they are made of (multi-layer distillation, IndexCache).
+        """
+        assert batch.trace is not None and batch.index_queries is not None and selected.indexer is not None
+        asked = _asked_tokens(batch)
         with torch.no_grad():
-            query_THW = self._absorb(query_THQ)
-        layout, asked, masks = batch.layout, batch.index_queries, None
-        if selected.rows is not None and batch.index_target == "selected":
-            masks = ops.selection_masks(selected.rows, layout, asked)
-        targets = ops.attention_target(query_THW, latents.detach(), layout, masks, self.scale, asked)
-        batch.trace.index_losses[self.layer] = ops.indexer_kl(selected.scores, targets, masks)
+            query_nHW = self._absorb(query_THQ[asked])
+        rows = selected.rows if batch.index_target == "selected" else None
+        batch.trace.index_losses[self.layer] = index_loss.indexer_loss(
+            *selected.indexer,
+            query_nHW,
+            latents,
+            batch.layout,
+            batch.index_queries,
+            None if rows is None else rows[asked],
+            self.scale,
+        )
+
+
+def _asked_tokens(batch: ForwardBatch) -> Tensor:
+    """int64 [n]: places in the flat batch of the tokens over which the indexers' loss is taken."""
+    assert batch.index_queries is not None
+    starts = batch.layout.sequence_starts[:-1]
+    return torch.cat([start + asked for start, asked in zip(starts, batch.index_queries, strict=True)])
 
 
 def _write(batch: ForwardBatch, pool: Pool | None, rows: Tensor) -> Pool:
     """Puts this step's rows into the layer's pool and returns the pool; in training the rows are the pool."""
     if pool is None:
-        return rows
-    if batch.query_only:
-        return pool
+        return rows if batch.gather is None else batch.gather(rows)
     ops.cache_write(pool, batch.layout.new_rows.to(pool.device), rows)
     return pool
 
@@ -238,7 +307,9 @@ class Router(nn.Module):
     def __init__(self, config: GlmConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False)
+        has_bias = config.topk_method == "noaux_tc"
+        bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False) if has_bias else None
+        self.register_parameter("e_score_correction_bias", bias)
 
 
 class Experts(nn.Module):
@@ -249,6 +320,11 @@ class Experts(nn.Module):
         count, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
+        self.dispatch: Callable[..., Tensor] = ops.moe_experts  # replaced where experts lie on several ranks
+
+    def forward(self, x_TD: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """See `ops.moe_experts`."""
+        return self.dispatch(x_TD, experts, gates, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -264,18 +340,15 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
         config = self.config
-        experts, gates = ops.moe_route(
-            x_TD,
-            self.gate.weight,
-            self.gate.e_score_correction_bias,
-            config.num_experts_per_tok,
-            config.norm_topk_prob,
-            config.routed_scaling_factor,
-        )
+        weight, bias = self.gate.weight, self.gate.e_score_correction_bias
+        if is_glm_router(config) and bias is not None:
+            chosen = (config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor)
+            experts, gates = ops.moe_route(x_TD, weight, bias, *chosen)
+        else:
+            experts, gates = route_in_groups(x_TD, weight, bias, config)
         if batch.trace is not None:
             batch.trace.expert_counts[self.layer] = experts.flatten().bincount(minlength=config.n_routed_experts)
-        routed = ops.moe_experts(x_TD, experts, gates, self.experts.gate_up_proj, self.experts.down_proj)
-        return routed + self.shared_experts(x_TD)
+        return self.experts(x_TD, experts, gates) + self.shared_experts(x_TD)
 
 
 class DecoderLayer(nn.Module):
@@ -334,11 +407,23 @@ def run_layers(
     """
     hidden = inputs if stack.embedding is None else stack.embedding(inputs)
     rope = RopeTable(batch.positions, stack.config, hidden.dtype)
+    runs_again = batch.trace is not None and batch.trace.kept_choices is not None
     for layer in stack.layers:
-        hidden, selected = layer(hidden, selected, batch, rope)
+        run = _rerun_backward(layer) if runs_again else layer
+        hidden, selected = run(hidden, selected, batch, rope)
     assert selected is not None
     hidden = stack.norm(hidden)
     return StackOutput(hidden, selected, _logits(stack.head, hidden[-num_logits:]) if num_logits > 0 else None)
+
+
+def _rerun_backward(layer: DecoderLayer) -> Callable[..., tuple[Tensor, Selection]]:
+    """The layer, keeping its inputs and what it chose; all else is computed again on the way back."""
+
+    def run(*inputs: Any) -> tuple[Tensor, Selection]:
+        with specifications():  # on the way back, too
+            return layer(*inputs)
+
+    return lambda *inputs: checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _logits(head: Linear, hidden: Tensor) -> Tensor:
@@ -429,7 +514,7 @@ class GlmForCausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith(("norm.bias", "e_score_correction_bias")):
+            elif name.endswith("bias"):
                 parameter.zero_()
             else:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))

@@ -81,7 +81,10 @@ class PartCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWork:
-    """FLOP to decode one token with `context` tokens visible, main model; and what the alternatives would cost."""
+    """FLOP to decode one token with `context` tokens visible, main model; and what the alternatives would cost.
+
+    Without indexers sparse_attention is dense_attention.
+    """
 
     context: int
     weights: int
@@ -119,7 +122,7 @@ class Inspection:
 def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
     """All matrices and vectors of the checkpoint, MTP layer included; the router's bias buffers are not parameters."""
     hidden, main, mtp = config.hidden_size, config.num_hidden_layers, config.num_nextn_predict_layers
-    heads, queries, latent = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+    heads, queries, latent = config.num_attention_heads, config.q_lora_rank or 0, config.kv_lora_rank
     full, sparse = len(config.full_layers), config.mlp_layer_types.count("sparse")
     groups: list[WeightGroup] = []
 
@@ -145,17 +148,21 @@ def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
     head = replace(vocabulary, copies=0 if config.tie_word_embeddings else 1, read_copies=1, integer="int8")
     groups += [vocabulary, head]
     for rows, columns in (
-        (queries, hidden),
-        (heads * config.qk_head_dim, queries),
+        *([(queries, hidden)] if queries else []),
+        (heads * config.qk_head_dim, queries or hidden),
         (config.latent_dim, hidden),
         (hidden, heads * config.v_head_dim),
     ):
         add("attention", rows, columns, 1, main, mtp, True)
+    if config.attention_bias:
+        for rows in (*([queries] if queries else []), config.latent_dim, hidden):
+            add("attention", rows, 1, 1, main, mtp, False)
     add("attention", heads * (config.qk_nope_head_dim + config.v_head_dim), latent, 1, main, mtp, True, kept=True)
-    add("indexers", config.index_n_heads * config.index_head_dim, queries, 1, full, mtp, True)
-    add("indexers", config.index_head_dim, hidden, 1, full, mtp, True)
-    add("indexers", config.index_n_heads, hidden, 1, full, mtp, False)
-    add("norms", config.index_head_dim, 1, 2, full, mtp, False)  # k_norm has a weight and a bias
+    if config.has_indexers:
+        add("indexers", config.index_n_heads * config.index_head_dim, queries, 1, full, mtp, True)
+        add("indexers", config.index_head_dim, hidden, 1, full, mtp, True)
+        add("indexers", config.index_n_heads, hidden, 1, full, mtp, False)
+        add("norms", config.index_head_dim, 1, 2, full, mtp, False)  # k_norm has a weight and a bias
     for width, part, per_layer, layers, in_mtp in (
         (config.intermediate_size, "dense feed-forward", 1, main - sparse, 0),
         (config.moe_intermediate_size, "routed experts", config.n_routed_experts, sparse, mtp),
@@ -166,7 +173,8 @@ def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
         add(part, hidden, width, per_layer, layers, in_mtp, True)  # down
     add("routers", config.n_routed_experts, hidden, 1, sparse, mtp, False)
     add("norms", hidden, 1, 2, main, mtp, False)
-    add("norms", queries, 1, 1, main, mtp, False)
+    if queries:
+        add("norms", queries, 1, 1, main, mtp, False)
     add("norms", latent, 1, 1, main, mtp, False)
     add("norms", hidden, 1, 1, 1, 0, False)  # model.norm
     add("norms", hidden, 1, 3, 0, mtp, False)  # enorm, hnorm, shared_head.norm
@@ -177,7 +185,7 @@ def weight_groups(config: GlmConfig) -> tuple[WeightGroup, ...]:
 def weight_bytes(config: GlmConfig, weight_format: str) -> int:
     """Bytes of the checkpoint's tensors in a format (see `WeightGroup.num_bytes`), fp32 router biases included."""
     num_routers = config.mlp_layer_types.count("sparse") + config.num_nextn_predict_layers
-    biases = 4 * num_routers * config.n_routed_experts
+    biases = 4 * num_routers * config.n_routed_experts if config.topk_method == "noaux_tc" else 0
     return biases + sum(group.num_bytes(weight_format) for group in weight_groups(config))
 
 
@@ -189,7 +197,7 @@ def cache_bytes_per_token(
     index_key = config.index_head_dim * bytes_per_number
     if formats.latents is not None:
         latent = rounded_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, LATENT_GROUP)
-    if formats.index_keys is not None:
+    if formats.index_keys is not None and config.has_indexers:
         index_key = rounded_row_bytes(config.index_head_dim, 0, config.index_head_dim)
     num_mtp = config.num_nextn_predict_layers
     return config.num_hidden_layers * latent, len(config.full_layers) * index_key, num_mtp * (latent + index_key)
@@ -209,7 +217,7 @@ def token_work(config: GlmConfig, context: int) -> TokenWork:
         context=context,
         weights=2 * activated_parameters(config),
         indexer=len(config.full_layers) * scores,
-        sparse_attention=layers * attend_one_key * min(context, config.index_topk),
+        sparse_attention=layers * attend_one_key * config.num_attended(context),
         indexer_in_every_layer=layers * scores,
         dense_attention=layers * attend_one_key * context,
     )
@@ -234,7 +242,7 @@ def inspect_model(config: GlmConfig, name: str, contexts: Sequence[int] = CONTEX
         model=name,
         num_layers=config.num_hidden_layers,
         full_layers=config.full_layers,
-        num_shared_layers=config.num_hidden_layers - len(config.full_layers),
+        num_shared_layers=config.indexer_types.count("shared"),
         num_mtp_layers=config.num_nextn_predict_layers,
         parameters=total,
         parameters_without_mtp=total - sum(group.size * group.mtp_copies for group in groups),
@@ -265,19 +273,23 @@ def render(inspection: Inspection) -> RenderableType:
     parts.add_row("total", f"{inspection.parameters:,}", f"{inspection.activated_parameters:,}")
     parts.add_row("without the MTP layer", f"{inspection.parameters_without_mtp:,}", "")
 
-    work = Table(title="GFLOP to decode one token; right, what is saved", title_justify="left")
-    for column in ("context", "weights", "indexer", "sparse", "total", "all indexers", "dense"):
+    full = inspection.full_layers
+    title = "GFLOP to decode one token" + ("; right, what is saved" if full else "")
+    columns = ("indexer", "sparse", "total", "all indexers", "dense") if full else ("dense", "total")
+    work = Table(title=title, title_justify="left")
+    for column in ("context", "weights", *columns):
         work.add_column(column, justify="right", no_wrap=True)
     for row in inspection.work:
-        numbers = (row.weights, row.indexer, row.sparse_attention, row.total)
-        alternatives = (row.indexer_in_every_layer, row.dense_attention)
-        work.add_row(f"{row.context:,}", *(_giga(number) for number in (*numbers, *alternatives)))
+        numbers: tuple[int, ...] = (row.dense_attention, row.total)
+        if full:
+            alternatives = (row.indexer_in_every_layer, row.dense_attention)
+            numbers = (row.indexer, row.sparse_attention, row.total, *alternatives)
+        work.add_row(f"{row.context:,}", *(_giga(number) for number in (row.weights, *numbers)))
 
-    full = inspection.full_layers
+    kinds = f"{len(full)} full, {inspection.num_shared_layers} shared" if full else "dense attention"
     lines = [
-        f"{inspection.num_layers} layers: {len(full)} full, {inspection.num_shared_layers} shared, "
-        f"and {inspection.num_mtp_layers} MTP",
-        f"full layers: {', '.join(map(str, full))}",
+        f"{inspection.num_layers} layers: {kinds}, and {inspection.num_mtp_layers} MTP",
+        f"full layers: {', '.join(map(str, full))}" if full else "no indexers: every layer attends to all tokens",
         f"cache per token in BF16: {inspection.latent_cache_bytes_per_token:,} bytes of latents + "
         f"{inspection.index_cache_bytes_per_token:,} bytes of index keys "
         f"(the MTP layer adds {inspection.mtp_cache_bytes_per_token:,})",

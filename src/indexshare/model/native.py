@@ -1,7 +1,8 @@
 """A model in C++ (kernels/cpp/model.h): packs its weights and runs a whole step in one call.
 
 The packed weights take the place of the plain ones, so memory stays the same. What a packed model cannot do in one call
-(dense attention, a trace of experts) goes operation by operation, as on any device.
+(dense attention, a trace of experts, what only other families than GLM-5 have) goes operation by operation, as on any
+device.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from indexshare.model.glm import (
     run_layers,
     weights_of,
 )
+from indexshare.model.routing import is_glm_router
 
 Packer = Callable[[Any], PackedWeight]
 TIMED = ("linear", "index_select", "mla_sparse", "moe_experts")
@@ -125,8 +127,20 @@ def pack_model(model: GlmForCausalLM) -> str | None:
             _replace(part, "gate_up_proj", functools.partial(packer, pieces=2))
             _replace(part, "down_proj", packer)
     for stack in _stacks(model):
-        stack.packed = _pack_stack(operators, stack, packer)
+        if _foreign(model.config) is None:
+            stack.packed = _pack_stack(operators, stack, packer)
     return None
+
+
+def _foreign(config: GlmConfig) -> str | None:
+    """Why the layers of this model cannot run in one call, though its weights are packed; None when they can."""
+    if not config.has_indexers:
+        return "the model has no indexers: attention is dense"
+    if config.rope_scaling is not None:
+        return "rotary frequencies are scaled (YaRN)"
+    if not is_glm_router(config):
+        return "experts are chosen from groups"
+    return "attention has biases" if config.attention_bias else None
 
 
 def _stacks(model: GlmForCausalLM) -> list[LayerStack]:
@@ -174,6 +188,7 @@ def _replace(module: nn.Module, name: str, packer: Packer) -> None:
 def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLayers:
     owned: list[object] = []
     config, layers, head = stack.config, stack.layers, stack.head.weight
+    assert config.q_lora_rank is not None, "a model with indexers has a query latent"
     counts = {layer.self_attn.layer: torch.zeros(config.n_routed_experts, dtype=torch.int64) for layer in layers}
     parts = [_pack_layer(config, layer, counts[layer.self_attn.layer], packer, owned) for layer in layers]
     array = (Layer * len(layers))(*parts)
@@ -196,7 +211,7 @@ def _pack_stack(operators: Any, stack: LayerStack, packer: Packer) -> PackedLaye
             norm_eps=config.rms_norm_eps,
             latent_norm_eps=config.latent_norm_eps,
             key_norm_eps=INDEX_KEY_NORM_EPS,
-            scale=config.qk_head_dim**-0.5,
+            scale=config.attention_scale,
         ),
         layers=ctypes.addressof(array),
         num_layers=len(layers),
@@ -260,6 +275,7 @@ def _pack_layer(config: GlmConfig, layer: DecoderLayer, counts: Tensor, packer: 
         matrix(part.weight) for part in (dense.gate_proj, dense.up_proj, dense.down_proj)
     )
     if isinstance(mlp, MixtureOfExperts):
+        assert mlp.gate.e_score_correction_bias is not None, "the router of GLM-5 has a bias"
         bias = mlp.gate.e_score_correction_bias.detach().float().contiguous()
         owned.append(bias)
         packed.router, packed.router_bias = matrix(mlp.gate.weight), bias.data_ptr()
@@ -275,7 +291,7 @@ def _supports(
 ) -> str | None:
     packed, cache = stack.packed, batch.cache
     if packed is None:
-        return "the weights are not packed (`indexshare.load` packs them on a CPU)"
+        return _foreign(stack.config) or "the weights are not packed (`indexshare.load` packs them on a CPU)"
     if cache is None or batch.layout.page_table is None:
         return "there is no cache: this is training"
     if batch.attention != "sparse":

@@ -138,7 +138,7 @@ def _plan_format(
     needed = weights + cache + workspace + INTERPRETER_BYTES
     # one token reads its share of the weights, the selected latents, and the index keys of all tokens
     read = activated_parameters(config) * weights / weight_bytes(config, "bfloat16") * 2
-    read += latent * min(context, config.index_topk) + index * context
+    read += latent * config.num_attended(context) + index * context
     work = token_work(config, context)
     compute = machine.compute / 2 if weight_format == "float32" else machine.compute
     seconds_per_token = max(read / machine.bandwidth, work.total / compute)
@@ -169,7 +169,8 @@ def _verdict(formats: tuple[FormatPlan, ...], machine: Machine) -> str:
 
 def _notes(config: GlmConfig, context: int) -> tuple[str, ...]:
     work = token_work(config, context)
-    shares = {"weights": work.weights, "indexer": work.indexer, "sparse attention": work.sparse_attention}
+    attention = "sparse attention" if config.has_indexers else "dense attention"
+    shares = {"weights": work.weights, "indexer": work.indexer, attention: work.sparse_attention}
     slowest = max(shares, key=lambda name: shares[name])
     notes = [f"most work of a decoded token at this length: {slowest}, {shares[slowest] / work.total:.0%}"]
     if slowest == "indexer":

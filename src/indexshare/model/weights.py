@@ -34,10 +34,11 @@ from indexshare.model.placement import enumerate_names, plan_weights
 from indexshare.model.safetensors_header import StoredTensor
 from indexshare.model.stored_weight import PLAIN_DTYPES, stored_tensors, views
 from indexshare.quant import quantization_config
-from indexshare.quant.policy import IntegerFormat, Policy
+from indexshare.quant.policy import HEAD, IntegerFormat, Policy
 
 Quant = IntegerFormat | Literal["none"] | Policy
 DEFAULT_SHARD_BYTES = 5_000_000_000
+COMPARED_BYTES = 2**24
 EMBEDDING = "model.embed_tokens.weight"
 INDEXER_NAME = re.compile(r"model\.layers\.(\d{1,6})\.self_attn\.indexer\..+")
 WEIGHTS_NAME = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")  # what `save_model` writes
@@ -163,7 +164,7 @@ def load_checkpoint(
         model.lm_head.weight = model.get_parameter(EMBEDDING)
     placement = plan_weights(model.state_dict(keep_vars=True), stored, config.num_hidden_layers, policy)
     used = placement.used
-    unexpected = tuple(sorted(stored.keys() - used - set(skipped_indexers)))
+    unexpected = tuple(sorted(stored.keys() - used - set(skipped_indexers) - _mtp_copies(stored, config)))
     if unexpected and strict:
         raise CheckpointError(
             f"{directory} has {enumerate_names(unexpected)} without a place in the model; "
@@ -190,8 +191,9 @@ def load_checkpoint(
 def _check_plausible(config: GlmConfig, stored: Mapping[str, StoredTensor]) -> None:
     """Refuse sizes far beyond the files before a model of them is built, even without memory: it could overflow."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    least = config.vocab_size * hidden + hidden * (config.q_lora_rank + config.latent_dim + heads * config.v_head_dim)
-    least += config.q_lora_rank * (heads * config.qk_head_dim + config.index_n_heads * config.index_head_dim)
+    queries = config.q_lora_rank or 0
+    least = config.vocab_size * hidden + hidden * (queries + config.latent_dim + heads * config.v_head_dim)
+    least += (queries or hidden) * heads * config.qk_head_dim + queries * config.index_n_heads * config.index_head_dim
     least += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     if "dense" in config.mlp_layer_types:
         least += 3 * hidden * config.intermediate_size
@@ -216,6 +218,36 @@ def _unused_indexers(stored: Mapping[str, StoredTensor], config: GlmConfig) -> t
             if match and int(match[1]) < config.num_hidden_layers and not config.is_full(int(match[1]))
         )
     )
+
+
+def _mtp_copies(stored: Mapping[str, StoredTensor], config: GlmConfig) -> set[str]:
+    """Copies of embedding and head that an MTP layer brings along (DeepSeek-V3, GLM-4.7-Flash); ours borrows them.
+
+    Raises CheckpointError for ones that differ from the main model's: a layer with its own is not supported.
+    """
+    layer = f"model.layers.{config.num_hidden_layers}."
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    originals = {layer + "embed_tokens.weight": EMBEDDING, layer + "shared_head.head.weight": head}
+    copies = {name: original for name, original in originals.items() if name in stored and original in stored}
+    for name, original in copies.items():
+        if not _same_data(stored[name], stored[original]):
+            raise CheckpointError(f"{name!r} is not a copy of {original!r}; an MTP layer with its own is not supported")
+    return set(copies)
+
+
+def _same_data(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors in files are equal, read a piece at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for begin in range(0, one.num_bytes, COMPARED_BYTES):
+        size = min(COMPARED_BYTES, one.num_bytes - begin)
+        pieces = [
+            replace(each, dtype=torch.uint8, shape=(size,), offset=each.offset + begin, num_bytes=size).read()
+            for each in (one, other)
+        ]
+        if not torch.equal(*pieces):
+            return False
+    return True
 
 
 def _check_memory(weights: Mapping[str, Tensor | QuantizedWeight], held: str, device: torch.device) -> None:

@@ -21,7 +21,7 @@ IntegerFormat = Literal["int8", "int4"]
 HEAD = "lm_head.weight"
 QUANTIZED = re.compile(
     r"lm_head\.weight|model\.layers\.(?P<layer>\d+)\.("
-    r"self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj|indexer\.(wq_b|wk))\.weight"
+    r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj|indexer\.(wq_b|wk))\.weight"
     r"|mlp\.(shared_experts\.)?(gate|up|down)_proj\.weight"
     r"|mlp\.experts\.(gate_up_proj|down_proj))"
 )

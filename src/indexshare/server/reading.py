@@ -27,12 +27,13 @@ _MAX_SKIPPED = 3  # parts that the template puts in front: effort, tools
 
 
 def layer_groups(config: GlmConfig) -> list[dict[str, Any]]:
-    """Layers that share a choice: that of the first one, which owns the indexer."""
+    """Layers that share a choice: that of the first one, which owns the indexer. None in a model without indexers."""
     groups: list[dict[str, Any]] = []
     for layer in range(config.num_hidden_layers):
         if config.is_full(layer):
             groups.append({"indexer": layer, "layers": []})
-        groups[-1]["layers"].append(layer)
+        if groups:
+            groups[-1]["layers"].append(layer)
     return groups
 
 
@@ -88,7 +89,7 @@ class ReadingReport:
         """(control token, first byte behind it, end) of the parts of the prompt that begin with a role's token."""
         names = {self._tokenizer.control_ids.get(name): name for name in _OPENERS.values()}
         found = [(names[token], index) for index, token in enumerate(prompt_ids) if token in names]
-        ends = [*(int(self._starts[index]) for _, index in found[1:]), int(self._starts[len(prompt_ids)])]
+        ends = [*(int(self._starts[index]) for _, index in found[1:]), int(self._starts[len(prompt_ids)])][: len(found)]
         return [(name, int(self._starts[index + 1]), end) for (name, index), end in zip(found, ends, strict=True)]
 
 

@@ -90,8 +90,8 @@ class EngineService:
         if llm.tokenizer.stop_ids:
             await asyncio.to_thread(compiler.json_object)  # the first grammar prepares the vocabulary
         self.context_length = engine.context_length
-        groups = sum(llm.config.is_full(layer) for layer in range(llm.config.num_hidden_layers))
-        self._num_reported = max(1, MAX_REPORTED_RANGES // (groups * llm.config.index_topk))
+        num_ranges = len(llm.config.full_layers) * llm.config.index_topk  # none without indexers
+        self._num_reported = max(1, MAX_REPORTED_RANGES // max(1, num_ranges))
         engine.start()
         warm_up = Generation(
             prompt_ids=tuple(llm.tokenizer.encode("Hello")), params=SamplingParams(max_new_tokens=2), scope="\0warm-up"

@@ -2,14 +2,16 @@
 
     <directory>/step-00001200/model.safetensors      parameters and buffers, fp32, by name
                               optimizer.safetensors  "<parameter>:<state key>", e.g. "lm_head.weight:exp_avg"
-                              state.json             step, random generators, what the loop hands over
+                              shard-*.safetensors    in place of both: what each of several ranks holds of them
+                              state.json             step, random generators, what the loop hands over, SHA-256 of all
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed: a directory called `step-*` is complete.
-Nothing is pickled.
+What a disk does to it later is found by its checksums before anything of it is used. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,15 +21,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from indexshare.errors import CheckpointError
+from indexshare.errors import CheckpointError, TrainingError
+from indexshare.train.distributed import agree, is_main, num_ranks, rank, wait_for_all
 from indexshare.train.optim import named_state, named_tensors
+from indexshare.train.sharded_checkpoint import file_digest, read_shards, stored_shapes, write_shards
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_KEPT = 2
 _INCOMPLETE = ".incomplete-"
+_DAMAGED = "damaged-"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written; the one before it can be used."""
 
 
 def save_checkpoint(
@@ -39,28 +48,54 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, then drop all but the newest two. `state` is anything JSON can hold.
 
-    Returns the checkpoint's directory. One that exists is left as it is: a run is a function of its step.
+    Returns the checkpoint's directory. One that exists is left as it is: a run is a function of its step. Raises
+    TrainingError when it cannot be written (a full disk): what there is of it goes, earlier checkpoints stay.
     """
     target = directory / f"step-{step:08d}"
     if target.exists():
         return target
-    directory.mkdir(parents=True, exist_ok=True)
     work = directory / f"{_INCOMPLETE}{target.name}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    save_file({name: tensor.detach().contiguous() for name, tensor in named_tensors(model)}, work / "model.safetensors")
-    save_file(_optimizer_tensors(optimizers), work / "optimizer.safetensors")
+    model_tensors = {name: tensor.detach().contiguous() for name, tensor in named_tensors(model)}
+    parts = {"model.safetensors": model_tensors, "optimizer.safetensors": _optimizer_tensors(optimizers)}
     document = {"version": FORMAT_VERSION, "step": step, "random": _random_state(), **state}
-    (work / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for path in (*work.iterdir(), work):
-        _flush(path)
-    work.rename(target)
-    _flush(directory)
-    for outdated in list_checkpoints(directory)[:-NUM_KEPT]:
-        # renamed first, so that a crash halfway through the removal leaves no broken `step-*` behind
-        doomed = outdated.rename(directory / f"{_INCOMPLETE}{outdated.name}")
-        shutil.rmtree(doomed)
+    try:
+        if is_main():
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        wait_for_all()
+        digests = _write_parts(parts, work)
+        if is_main():
+            for name in digests:
+                _flush(work / name)
+            _write_state(work, {**document, "sha256": digests})
+            work.rename(target)
+            _flush(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        size = sum(tensor.numel() * tensor.element_size() for tensors in parts.values() for tensor in tensors.values())
+        raise TrainingError(
+            f"the checkpoint of step {step} could not be written to {directory} ({error}). It needs {size:,} bytes"
+            f" beside the {NUM_KEPT} that are kept. Earlier checkpoints are as they were: make room and run again."
+        ) from error
+    if is_main():
+        for outdated in list_checkpoints(directory)[:-NUM_KEPT]:
+            _remove(outdated)
+    wait_for_all()
     return target
+
+
+def _write_parts(parts: Mapping[str, Mapping[str, Tensor]], work: Path) -> dict[str, str]:
+    """One file for each part; on several ranks one for each rank, with its shards of all parts. -> their SHA-256."""
+    if num_ranks() > 1:
+        return write_shards({name: tensor for tensors in parts.values() for name, tensor in tensors.items()}, work)
+    for name, tensors in parts.items():
+        save_file(dict(tensors), work / name)
+    return {name: file_digest(work / name) for name in parts}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that a crash halfway through the removal leaves no broken `step-*` behind."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_INCOMPLETE}{checkpoint.name}")))
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -74,41 +109,105 @@ def remove_incomplete(directory: Path) -> None:
         shutil.rmtree(leftover)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it is no longer one. It is kept for who wants to know what happened."""
+    target = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    return checkpoint.rename(target)
+
+
+def drop_checkpoints_after(checkpoint: Path) -> None:
+    """Remove those of later steps: a run that goes back will write them again."""
+    for later in list_checkpoints(checkpoint.parent):
+        if later.name > checkpoint.name:
+            _remove(later)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint: `step`, `random` and whatever was given to `save_checkpoint` as `state`."""
+    """The JSON part of a checkpoint: `step`, `random` and whatever was given to `save_checkpoint` as `state`.
+
+    Raises DamagedCheckpointError when it is not what was written, CheckpointError for another format.
+    """
     path = checkpoint / "state.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Delete {checkpoint} to use the one before.") from error
-    if document.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {document.get('version')}, this version reads {FORMAT_VERSION}.")
+        checksum = document.pop("checksum", None)
+        version = document.get("version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({error}).") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}, this version reads {FORMAT_VERSION}. Train in another output directory."
+        )
+    if checksum != _checksum(document):
+        raise DamagedCheckpointError(f"{path} is damaged: its checksum differs.")
     return document
+
+
+def update_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
+    """Replace entries of a checkpoint's state, in one step as seen from outside. Raises TrainingError."""
+    document = {**read_state(checkpoint), **changes}
+    try:
+        _write_state(checkpoint, document)
+    except OSError as error:
+        raise TrainingError(f"{checkpoint} could not be written to ({error}). Make room and run again.") from error
+
+
+def _write_state(directory: Path, document: Mapping[str, Any]) -> None:
+    temporary = directory / "state.json.tmp"
+    text = json.dumps({**document, "checksum": _checksum(document)}, indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    _flush(temporary)
+    temporary.rename(directory / "state.json")
+    _flush(directory)
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(checkpoint: Path, expected: Mapping[str, str]) -> None:
+    """Raises DamagedCheckpointError when a file is missing or not what was written."""
+    damage = ""
+    for name, digest in tuple(expected.items())[rank() :: num_ranks()]:  # each rank reads some of them
+        path = checkpoint / name
+        try:
+            if file_digest(path) != digest:
+                damage = f"{path} is damaged: its SHA-256 is not the one that was written."
+        except OSError as error:
+            damage = f"{path} cannot be read ({error})."
+    if agree((False, True), bool(damage)):
+        raise DamagedCheckpointError(damage or f"another rank found a damaged file in {checkpoint}.")
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
     """Restore `model`, `optimizers` and the random generators in place; returns `read_state(checkpoint)`.
 
-    Raises CheckpointError when names or shapes differ from the model's, before anything is changed.
+    Raises DamagedCheckpointError when a file is not what was written, and CheckpointError when names or shapes differ
+    from the model's, before anything is changed.
     """
     document = read_state(checkpoint)
+    _check_files(checkpoint, document["sha256"])
     parameters = dict(named_tensors(model))
-    saved = _load_tensors(checkpoint / "model.safetensors")
-    _check_same_shapes(checkpoint, parameters, saved)
+    shapes = stored_shapes(checkpoint)
+    _check_same_shapes(checkpoint, parameters, {name: shape for name, shape in shapes.items() if ":" not in name})
     owners = {name: (parameter, state) for name, parameter, state in named_state(optimizers)}
-    saved_state = _load_tensors(checkpoint / "optimizer.safetensors")
+    saved_state = [key for key in shapes if ":" in key]
     strangers = {key.rpartition(":")[0] for key in saved_state} - set(owners)
     if strangers:
         raise CheckpointError(
             f"{checkpoint} has optimizer state for {sorted(strangers)[:3]}, which are not trained here."
         )
-    with torch.no_grad():
-        for name, tensor in parameters.items():
-            tensor.copy_(saved[name])
-    for key, tensor in saved_state.items():
+    for _, state in owners.values():
+        state.clear()  # of later steps, when a run goes back
+    wanted = {name: tensor.detach() for name, tensor in parameters.items()}
+    for key in saved_state:
         name, _, state_key = key.rpartition(":")
         parameter, state = owners[name]
-        state[state_key] = tensor.to(parameter.device)
+        has_its_shape = shapes[key] == parameter.shape
+        empty = torch.zeros_like(parameter) if has_its_shape else torch.zeros(shapes[key], device=parameter.device)
+        wanted[key] = state[state_key] = empty.detach()
+    read_shards(wanted, checkpoint)
     _restore_random_state(document["random"])
     return document
 
@@ -121,20 +220,11 @@ def _optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str,
     }
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Delete {path.parent} to resume from the checkpoint before it."
-        ) from error
-
-
-def _check_same_shapes(checkpoint: Path, parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def _check_same_shapes(checkpoint: Path, parameters: Mapping[str, Tensor], saved: Mapping[str, torch.Size]) -> None:
     differing = sorted(
         name
         for name in parameters.keys() | saved.keys()
-        if name not in parameters or name not in saved or parameters[name].shape != saved[name].shape
+        if name not in parameters or name not in saved or parameters[name].shape != saved[name]
     )
     if differing:
         raise CheckpointError(

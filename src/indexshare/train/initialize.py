@@ -114,6 +114,7 @@ def _look_back(attention: Attention, config: GlmConfig, shares: _Shares) -> None
         query = _query_rows(attention, config, head)[config.qk_nope_head_dim :]
         angles = frequencies * (head + 1)
         query.zero_()
+        assert config.q_lora_rank is not None, "this start is for a model with query latents"
         # The normed query latent's first entry is about sqrt(q_lora_rank).
         amplitude = POSITION_GAIN / config.q_lora_rank**0.5
         query[: 2 * NUM_LOCAL_FREQUENCIES : 2, 0] = amplitude * angles.cos()

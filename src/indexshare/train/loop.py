@@ -1,129 +1,48 @@
 """The training loop: batches in, checkpoints and a log out, resumable at any moment.
 
     output_directory/checkpoints/step-*    the newest two, see `checkpoint.py`
-                     log.jsonl             one line per `log_every` steps
+                     log.jsonl             one line per `log_every` steps, and for each step that was left out
 
 Everything that decides the next step is a function of the step or part of the checkpoint. So a run that was killed and
-resumed has, on the same machine and number of threads, bit for bit the losses of a run that was not.
+resumed has, on the same machine and number of threads, bit for bit the losses of a run that was not. A step that ends
+in a loss spike, NaN or infinity does not stand: the run goes back to a checkpoint and leaves that batch out.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
+import contextlib
 import math
 import os
-import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from indexshare.errors import ConfigError, TrainingError
+from indexshare.errors import KernelError
 from indexshare.kernels import registry
-from indexshare.model.config import GlmConfig
-from indexshare.train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    read_state,
-    remove_incomplete,
-    save_checkpoint,
-)
-from indexshare.train.monitor import Monitor, StopSignals, keep_log_until, last_logged_loss
+from indexshare.train.distributed import Mesh, agree, clip_gradients, is_main, num_ranks, over_all_ranks
+from indexshare.train.gauges import Gauges, beyond_limits
+from indexshare.train.health import SPIKE_WINDOW, Fault, find_spike
+from indexshare.train.monitor import Monitor, StopSignals, last_logged_loss
 from indexshare.train.optim import (
     build_optimizers,
     learning_rate_ratio,
     set_learning_rates,
     update_router_biases,
 )
+from indexshare.train.parallel import StepModule, parallelize
+from indexshare.train.phases import Phase, TrainRecipe
+from indexshare.train.provenance import explain_non_finite
+from indexshare.train.run import Losses, Run, State, is_calm, last_skipped, resume_or_start, roll_back, save
 
 Batch = TypeVar("Batch")
 StopReason = Literal["finished", "max_steps", "max_minutes", "signal"]
-
-# A spike: the total loss is above both bounds in two of the last three steps. One odd batch is no divergence.
-SPIKE_FACTOR = 3.0
-SPIKE_MARGIN = 1.0
-SPIKE_WINDOW = 64
-SPIKE_MIN_STEPS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """A stretch of training with one objective.
-
-    `trains` says which parameters move: "indexer" is the dense warm-up of DSA (all else frozen), "model" its opposite.
-    `learning_rate_scale` multiplies the recipe's schedule in this phase; `data` replaces entries of the recipe's.
-    index_stride and index_target say over which tokens and which keys the indexers' loss is taken (see `step_loss`).
-    """
-
-    name: str
-    num_steps: int
-    attention: Literal["dense", "sparse"]
-    trains: Literal["all", "indexer", "model"] = "all"
-    index_loss_weight: float = 0.0
-    mtp_loss_weight: float = 0.0
-    index_stride: int = 4
-    index_target: Literal["selected", "visible"] = "selected"
-    sequence_length: int
-    batch_size: int
-    learning_rate_scale: float = 1.0
-    data: Mapping[str, int | float | str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRecipe:
-    """All that decides the result of a run. Learning rates are peaks; one warm-up and one cosine span all phases."""
-
-    name: str
-    model: GlmConfig
-    phases: tuple[Phase, ...]
-    seed: int
-    learning_rate_muon: float
-    learning_rate_adamw: float
-    warmup_steps: int
-    min_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    bias_update_rate: float = 0.001
-    muon_split: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_every: int = 200
-    log_every: int = 10
-    data: Mapping[str, int | float | str] = field(default_factory=dict)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all phases together."""
-        return sum(phase.num_steps for phase in self.phases)
-
-    def phase_at(self, step: int) -> Phase:
-        """The phase that step `step` (from 0) belongs to; the last one beyond the end."""
-        ends = itertools.accumulate(phase.num_steps for phase in self.phases)
-        return next((phase for phase, end in zip(self.phases, ends, strict=True) if step < end), self.phases[-1])
-
-
-class Losses(Protocol):
-    """What `step_loss` returns: `total` is what gets differentiated, the other losses are logged (means, in nats)."""
-
-    @property
-    def total(self) -> Tensor: ...
-    @property
-    def lm(self) -> Tensor: ...
-    @property
-    def mtp(self) -> Tensor: ...
-    @property
-    def index_kl(self) -> Tensor: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def expert_counts(self) -> Mapping[int, Tensor]:
-        """By layer, [E] tokens routed to each expert, as `Trace.expert_counts` has them."""
-        ...
+STOP_REASONS: tuple[StopReason | None, ...] = (None, "max_minutes", "signal", "max_steps", "finished")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,37 +60,6 @@ class TrainResult:
     checkpoint: Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """The fixed parts of one call of `train`. `trainable` are the parameters that came with requires_grad."""
-
-    recipe: TrainRecipe
-    model: nn.Module
-    optimizers: tuple[torch.optim.Optimizer, ...]
-    batches: Callable[[int], Any]
-    step_loss: Callable[[nn.Module, Any, Phase], Losses]
-    output: Path
-    trainable: frozenset[str]
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        return self.output / "log.jsonl"
-
-
-@dataclass(slots=True)
-class _State:
-    """What the loop itself carries from step to step; saved with every checkpoint."""
-
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    recent_losses: list[float] = field(default_factory=list)  # total losses of the current phase, newest last
-
-
 def train(
     recipe: TrainRecipe,
     output_directory: str | os.PathLike[str],
@@ -184,6 +72,7 @@ def train(
     max_steps: int | None = None,
     max_minutes: float | None = None,
     progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> TrainResult:
     """Train `model` (initialised, fp32, on its device) in place.
 
@@ -192,11 +81,20 @@ def train(
     steps are complete in total, `max_minutes` after that much time of this call, SIGINT and SIGTERM after the running
     step; each leaves a checkpoint and changes nothing about the schedule, so that a later call continues.
 
-    Raises TrainingError on NaN, infinity or a loss spike (naming step, last checkpoint and remedy), and when
-    `output_directory` holds checkpoints and `resume` is false; ConfigError when the recipe differs from the one the run
-    was started with and `accept_recipe_change` is false; CheckpointError when a checkpoint cannot be read.
+    On several ranks (`distributed.py`) all of them call this with the same model and recipe, `batches` that give each
+    its rows, and a `step_loss` that gives each its part of the means over all. `mesh`: by default everything is dp.
+
+    A loss spike, NaN or infinity is a warning that names its origin: the run goes back to its last checkpoint and
+    leaves the batches around it out. A damaged checkpoint is a warning, too, and the one before it is used.
+
+    Raises TrainingError when going back did not help (naming step, last checkpoint and remedy), when a checkpoint
+    cannot be written, and when `output_directory` holds checkpoints and `resume` is false; ConfigError when the recipe
+    differs from the one the run was started with and `accept_recipe_change` is false; CheckpointError when no
+    checkpoint is intact or they belong to another model.
     """
-    run = _Run(
+    step = StepModule(model, step_loss)
+    parallelize(step, mesh or Mesh.over_all(), precision=recipe.precision)
+    run = Run(
         recipe=recipe,
         model=model,
         optimizers=build_optimizers(
@@ -206,30 +104,43 @@ def train(
             learning_rate_adamw=recipe.learning_rate_adamw,
             weight_decay=recipe.weight_decay,
             muon_split=recipe.muon_split,
+            muon_dtype=torch.float32 if recipe.precision == "fp32" else torch.bfloat16,
         ),
         batches=batches,
-        step_loss=step_loss,
+        step_loss=lambda _, batch, phase: step(batch, phase)[1],
         output=Path(output_directory),
         trainable=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     )
     run.output.mkdir(parents=True, exist_ok=True)
-    state = _resume_or_start(run, resume, accept_recipe_change)
+    state = resume_or_start(run, resume, accept_recipe_change)
     started = time.monotonic()
     seconds_before = state.seconds
     lm_loss = last_logged_loss(run.log)
     try:
-        with StopSignals() as signals, Monitor(run.log, recipe.num_steps, state.step, progress) as monitor:
-            while (stopped := _stop_reason(run, state, signals, started, max_steps, max_minutes)) is None:
-                record = _train_step(run, state)
-                lm_loss = record["lm"]
+        with (
+            StopSignals() as signals,
+            Monitor(
+                run.log if is_main() else Path(os.devnull), recipe.num_steps, state.step, progress and is_main()
+            ) as monitor,
+        ):
+            while (
+                stopped := agree(STOP_REASONS, _stop_reason(run, state, signals, started, max_steps, max_minutes))
+            ) is None:
+                is_logged = (state.step + 1) % recipe.log_every == 0 or state.step + 1 == recipe.num_steps
+                record = _skip_step(run, state) or _train_step(run, state, is_logged)
+                if isinstance(record, Fault):
+                    state = roll_back(run, state, record)
+                    monitor.rewind(state.step)
+                    continue
+                lm_loss = record.get("lm", lm_loss)
                 state.seconds = seconds_before + time.monotonic() - started
                 record["seconds"] = round(state.seconds, 3)
-                monitor.report(record, log=state.step % recipe.log_every == 0 or state.step == recipe.num_steps)
-                # not after a suspicious step: should it turn out a spike, the newest checkpoint is from before it
-                is_calm = state.recent_losses[-1] <= spike_limit(state.recent_losses[:-1])
-                if state.step % recipe.checkpoint_every == 0 and is_calm:
-                    _save(run, state)
-            checkpoint = _save(run, state)
+                monitor.report(record, log=is_logged or "skipped" in record)
+                if state.step % recipe.checkpoint_every == 0 and is_calm(state):
+                    has_recovered = state.step > last_skipped(state) + 1  # a step after them was taken
+                    state.rollbacks = 0 if has_recovered else state.rollbacks
+                    save(run, state)
+            checkpoint = save(run, state)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in run.trainable)
@@ -243,46 +154,9 @@ def train(
     )
 
 
-def _resume_or_start(run: _Run, resume: bool, accept_recipe_change: bool) -> _State:
-    remove_incomplete(run.checkpoints)
-    found = list_checkpoints(run.checkpoints)
-    if found and not resume:
-        raise TrainingError(f"{run.output} holds a run already. Resume it, or name another output directory.")
-    if not found:
-        torch.manual_seed(run.recipe.seed)
-        keep_log_until(run.log, 0)
-        return _State()
-    changed = _changed_fields(read_state(found[-1])["recipe"], _recipe_document(run.recipe))
-    if changed and not accept_recipe_change:
-        raise ConfigError(
-            f"{run.output} was started with another recipe; changed: {', '.join(changed)}."
-            " Name another output directory, or accept the change with --accept-recipe-change"
-            " (the run is then no longer reproducible)."
-        )
-    document = load_checkpoint(found[-1], run.model, run.optimizers)
-    keep_log_until(run.log, document["step"])
-    return _State(**{entry.name: document[entry.name] for entry in dataclasses.fields(_State)})
-
-
-def _save(run: _Run, state: _State) -> Path:
-    document = {**dataclasses.asdict(state), "recipe": _recipe_document(run.recipe)}
-    return save_checkpoint(run.checkpoints, state.step, run.model, run.optimizers, document)
-
-
-def _recipe_document(recipe: TrainRecipe) -> dict[str, Any]:
-    """The recipe as JSON reads it back (tuples are lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Fields that differ, without those that do not touch the result."""
-    harmless = {"checkpoint_every", "log_every"}
-    return sorted(key for key in (old.keys() | new.keys()) - harmless if old.get(key) != new.get(key))
-
-
 def _stop_reason(
-    run: _Run,
-    state: _State,
+    run: Run,
+    state: State,
     signals: StopSignals,
     started: float,
     max_steps: int | None,
@@ -299,29 +173,65 @@ def _stop_reason(
     return None
 
 
-def _train_step(run: _Run, state: _State) -> dict[str, Any]:
-    """One update of the model and of `state`; returns its log record.
+def _skip_step(run: Run, state: State) -> dict[str, Any] | None:
+    """Pass over a step that was left out; its log record, or None when it was not."""
+    if str(state.step) not in state.skipped:
+        return None
+    state.recent_losses = _usual_losses(run, state)
+    reason = state.skipped[str(state.step)]
+    state.step += 1
+    return {"step": state.step, "phase": run.recipe.phase_at(state.step - 1).name, "skipped": reason}
 
-    Nothing is updated when the loss or the gradient is unusable.
+
+def _usual_losses(run: Run, state: State) -> list[float]:
+    """Losses that those of the running step can be compared with: of the same phase."""
+    recipe = run.recipe
+    is_first = state.step == 0 or recipe.phase_at(state.step) is not recipe.phase_at(state.step - 1)
+    return [] if is_first else state.recent_losses
+
+
+def _forward(run: Run, batch: Any, phase: Phase) -> Losses:
+    device = next(run.model.parameters()).device.type
+    with registry.specifications(), torch.autocast(device, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
+        return run.step_loss(run.model, batch, phase)
+
+
+def _train_step(run: Run, state: State, is_logged: bool) -> dict[str, Any] | Fault:
+    """One update of the model and of `state`; returns its log record, with gauges when it `is_logged`.
+
+    Nothing is updated when the loss or the gradient is unusable: then the fault is returned.
     """
     begin = time.monotonic()
     recipe, model, phase = run.recipe, run.model, run.recipe.phase_at(state.step)
     _select_trained(run, phase)
-    device = next(model.parameters()).device.type
     batch = run.batches(state.step)
-    with registry.specifications(), torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        losses = run.step_loss(model, batch, phase)
+    gauges = Gauges(model) if is_logged else None
+
+    def fault(what: str) -> Fault:
+        if num_ranks() > 1:  # looking for the origin, ranks would part ways
+            return Fault(reason=f"{what} (one process says where it began)", steps=range(state.step, state.step + 1))
+        origin = explain_non_finite(model, lambda: _forward(run, batch, phase).total)
+        return Fault(reason=f"{what}: {origin}", steps=range(state.step, state.step + 1))
+
+    try:
+        with gauges or contextlib.nullcontext():
+            losses = _forward(run, batch, phase)
+    except KernelError as error:  # operations that choose refuse NaN
+        if num_ranks() > 1:  # the others wait inside the step: the run ends, and is resumed
+            raise
+        return fault(str(error))
+    own_total, losses = losses.total, over_all_ranks(losses)
     total = float(losses.total.detach())
-    recent = [] if state.step == 0 or phase is not recipe.phase_at(state.step - 1) else state.recent_losses
+    usual = _usual_losses(run, state)
     if not math.isfinite(total):
-        raise _failure(f"the loss is {total}", run, state)
-    if state.step >= recipe.warmup_steps and is_spike([*recent, total]):
-        raise _failure(f"the loss jumped to {total:.3f}, its median was {statistics.median(recent):.3f}", run, state)
-    losses.total.backward()
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradient_norm = float(nn.utils.clip_grad_norm_(trained, recipe.gradient_clip))
+        return fault(f"the loss is {total}")
+    if state.step >= recipe.warmup_steps and (spike := find_spike([*usual, total], state.step)):
+        return spike
+    own_total.backward()
+    readings = gauges.read(losses.expert_counts, run.optimizers) if gauges else {}
+    gradient_norm = float(clip_gradients(model.parameters(), recipe.gradient_clip))
     if not math.isfinite(gradient_norm):
-        raise _failure(f"the norm of the gradient is {gradient_norm}", run, state)
+        return fault(f"the norm of the gradient is {gradient_norm}")
     ratio = phase.learning_rate_scale * learning_rate_ratio(
         state.step, num_steps=recipe.num_steps, warmup_steps=recipe.warmup_steps, min_ratio=recipe.min_lr_ratio
     )
@@ -332,55 +242,40 @@ def _train_step(run: _Run, state: _State) -> dict[str, Any]:
         update_router_biases(model, losses.expert_counts, recipe.bias_update_rate)
     state.step += 1
     state.num_tokens += losses.num_tokens
-    state.recent_losses = [*recent[1 - SPIKE_WINDOW :], total]
+    state.recent_losses = [*usual[1 - SPIKE_WINDOW :], total]
+    _warn_once(state, readings)
     return {
         "step": state.step,
         "phase": phase.name,
         "loss": total,
         "lm": float(losses.lm.detach()),
         "mtp": float(losses.mtp.detach()),
+        "mtp_acceptance": [round(float(share), 4) for share in losses.mtp_acceptance],
         "index_kl": float(losses.index_kl.detach()),
+        **losses.metrics,
         "learning_rate_muon": recipe.learning_rate_muon * ratio,
         "learning_rate_adamw": recipe.learning_rate_adamw * ratio,
         "gradient_norm": gradient_norm,
-        "expert_imbalance": round(_imbalance(losses.expert_counts), 3),
+        **readings,
         "tokens": state.num_tokens,
         "tokens_per_second": round(losses.num_tokens / (time.monotonic() - begin), 1),
     }
 
 
-def _select_trained(run: _Run, phase: Phase) -> None:
+def _select_trained(run: Run, phase: Phase) -> None:
     """Drop gradients and freeze what the phase does not train: a frozen parameter costs no backward pass."""
+    mtp_layer = f"model.layers.{run.recipe.model.num_hidden_layers}."
     for name, parameter in run.model.named_parameters():
-        wanted = phase.trains == "all" or (".indexer." in name) == (phase.trains == "indexer")
+        if phase.trains == "mtp":
+            wanted = name.startswith(mtp_layer)
+        else:
+            wanted = phase.trains == "all" or (".indexer." in name) == (phase.trains == "indexer")
         parameter.requires_grad_(wanted and name in run.trainable)
         parameter.grad = None
 
 
-def is_spike(losses: list[float]) -> bool:
-    """Whether two of the last three losses are above what the ones before them allow."""
-    limit = spike_limit(losses[:-3])
-    return sum(loss > limit for loss in losses[-3:]) >= 2
-
-
-def spike_limit(usual: list[float]) -> float:
-    """Three times the median or one nat above it, whichever is more; infinite while there are too few to judge by."""
-    if len(usual) < SPIKE_MIN_STEPS:
-        return math.inf
-    median = statistics.median(usual)
-    return max(SPIKE_FACTOR * median, median + SPIKE_MARGIN)
-
-
-def _imbalance(expert_counts: Mapping[int, Tensor]) -> float:
-    """Work of the busiest expert over the mean, in the worst layer; 1 is perfect balance."""
-    return max((float(counts.max() * counts.numel() / counts.sum()) for counts in expert_counts.values()), default=1.0)
-
-
-def _failure(what: str, run: _Run, state: _State) -> TrainingError:
-    found = list_checkpoints(run.checkpoints)
-    last = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
-    return TrainingError(
-        f"Training stopped at step {state.step + 1}: {what}. {last} Look at the batch of this step,"
-        " or lower the learning rates of the recipe and run again with --accept-recipe-change: that resumes from the"
-        " checkpoint."
-    )
+def _warn_once(state: State, readings: Mapping[str, Any]) -> None:
+    for name, message in beyond_limits(readings).items():
+        if name not in state.warned:
+            state.warned.append(name)
+            warnings.warn(f"step {state.step}: {message}", stacklevel=4)

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from indexshare.errors import TrainingError
+
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -53,7 +55,8 @@ class Monitor:
     """Context manager that writes log lines and shows progress on stderr: a bar on a terminal, else a line a minute."""
 
     def __init__(self, log_path: Path, num_steps: int, first_step: int, progress: bool) -> None:
-        self._log = log_path.open("a", encoding="utf-8")
+        self._path = log_path
+        self._log = log_path.open("ab", buffering=0)  # what a full disk refused is not tried again
         self._num_steps = num_steps
         self._first_step = first_step
         self._progress = progress
@@ -84,12 +87,17 @@ class Monitor:
         self._log.close()
 
     def report(self, record: dict[str, Any], *, log: bool) -> None:
-        """Show one step's record; write it to the log when `log`."""
+        """Show one step's record; write it to the log when `log`. Raises TrainingError when that cannot be done."""
         if log:
-            self._log.write(json.dumps(record) + "\n")
-            self._log.flush()
+            try:
+                self._log.write(json.dumps(record).encode() + b"\n")
+            except OSError as error:
+                raise TrainingError(f"{self._path} could not be written ({error}). Make room and run again.") from error
+        if "skipped" in record:
+            return
         step = record["step"]
-        status = f"loss {record['lm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        shown = record["lm"] or record["loss"]  # where the model is frozen there is no language-model loss
+        status = f"loss {shown:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, description=record["phase"], completed=step, status=status)
         now = time.monotonic()
         if self._progress and self._bar.disable and now - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -98,11 +106,19 @@ class Monitor:
             place = f"{record['phase']} step {step}/{self._num_steps}"
             sys.stderr.write(f"{place}  {status}  {remaining / 60:.0f} min left\n")
 
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step; `keep_log_until` has replaced the log."""
+        self._log.close()
+        self._log = self._path.open("ab", buffering=0)
+        self._first_step = min(self._first_step, step)
+        self._bar.update(self._task, completed=step)
+
 
 def last_logged_loss(path: Path) -> float:
-    """The language-model loss in the last line of a log; NaN when there is no line."""
+    """The newest language-model loss in a log; NaN when there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1])["lm"] if lines else math.nan
+    records = map(json.loads, reversed(lines))
+    return next((record["lm"] for record in records if "lm" in record), math.nan)
 
 
 def keep_log_until(path: Path, step: int) -> None:

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from indexshare.model.config import GlmConfig
+from indexshare.train.muon import MOMENTUM, NUM_NEWTON_SCHULZ_STEPS, StackedMuon
+from indexshare.train.sharded_muon import ShardedMuon
 
-MOMENTUM = 0.95
-NUM_NEWTON_SCHULZ_STEPS = 5
-# The quintic of Jordan's Muon, the default of torch.optim.Muon: steepest at zero, so that five steps suffice.
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Moonlight's scale: the root mean square of the update becomes 0.2, as AdamW's usually is; both can share a rate.
-UPDATE_RMS = 0.2
 ADAMW_BETAS = (0.9, 0.95)
 
 _ADAMW_MATRICES = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
@@ -34,60 +31,6 @@ def learning_rate_ratio(step: int, *, num_steps: int, warmup_steps: int, min_rat
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly: singular values land in about [0.7, 1.2].
-
-    `matrices` [..., M, N] any float dtype -> the same shape in bfloat16, which is precise enough here and several times
-    faster where the processor knows it. Five Newton-Schulz steps, batched over the leading dimensions.
-    """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    is_tall = matrices.size(-2) > matrices.size(-1)
-    result = matrices.bfloat16()
-    if is_tall:
-        result = result.mT
-    result = result / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(NUM_NEWTON_SCHULZ_STEPS):
-        gram = result @ result.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        result = torch.baddbmm(result, polynomial, result, beta=a)
-    return result.mT if is_tall else result
-
-
-class StackedMuon(torch.optim.Optimizer):
-    """`torch.optim.Muon` for parameters that hold several matrices along their rows.
-
-    Each parameter group names `row_blocks`, the row counts of consecutive matrices: a parameter [..., R, C] is read as
-    [-1, C] rows, cut again and again into blocks of these sizes. Experts [E, 2*I, D] with `row_blocks=(I,)` are 2*E
-    matrices; `kv_b_proj` [H*(K+V), C] with `(K, V)` is one key and one value matrix for each head.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure has no use here
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        learning_rate, weight_decay, row_blocks = group["lr"], group["weight_decay"], group["row_blocks"]
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        update = gradient.lerp(momentum, MOMENTUM)
-        num_columns = parameter.size(-1)
-        blocks = update.view(-1, sum(row_blocks), num_columns).split(row_blocks, dim=1)
-        targets = parameter.view(-1, sum(row_blocks), num_columns).split(row_blocks, dim=1)
-        parameter.mul_(1 - learning_rate * weight_decay)
-        for target, block in zip(targets, blocks, strict=True):
-            scale = UPDATE_RMS * math.sqrt(max(block.shape[-2:]))
-            target.add_(orthogonalize(block), alpha=-learning_rate * scale)
 
 
 def row_blocks(name: str, config: GlmConfig, *, muon_split: bool) -> tuple[int, ...] | None:
@@ -106,6 +49,11 @@ def row_blocks(name: str, config: GlmConfig, *, muon_split: bool) -> tuple[int, 
     return None
 
 
+def is_muon(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains this parameter, rather than AdamW."""
+    return parameter.ndim >= 2 and not name.endswith(_ADAMW_MATRICES)
+
+
 def build_optimizers(
     model: nn.Module,
     config: GlmConfig,
@@ -114,8 +62,11 @@ def build_optimizers(
     learning_rate_adamw: float,
     weight_decay: float,
     muon_split: bool = False,
+    muon_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Optimizers over all parameters of `model` that require a gradient: Muon, StackedMuon and AdamW, those not empty.
+
+    muon_dtype: of Newton-Schulz; torch's Muon knows BF16 only, and no shards, and stands back otherwise.
 
     Each group carries `param_names` (torch's) and `peak_lr`, its learning rate at a schedule ratio of 1.
     Vectors (norms, biases) are not decayed.
@@ -138,7 +89,8 @@ def build_optimizers(
             single.append((name, parameter))
 
     optimizers: list[torch.optim.Optimizer] = []
-    if single:
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if single and muon_dtype == torch.bfloat16 and not is_sharded:
         optimizers.append(
             torch.optim.Muon(
                 single,  # type: ignore[arg-type]  # torch accepts (name, parameter) pairs; its stub lags
@@ -149,11 +101,15 @@ def build_optimizers(
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    if stacked:
-        groups: list[dict[str, Any]] = [
-            {"params": parameters, "row_blocks": blocks} for blocks, parameters in stacked.items()
-        ]
-        optimizers.append(StackedMuon(groups, lr=learning_rate_muon, weight_decay=weight_decay))
+        single = []
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "row_blocks": blocks}
+        for blocks, parameters in (*stacked.items(), (None, single))
+        if parameters
+    ]
+    if groups:
+        kind = ShardedMuon if is_sharded else StackedMuon
+        optimizers.append(kind(groups, lr=learning_rate_muon, weight_decay=weight_decay, dtype=muon_dtype))
     adamw_groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((tables, weight_decay), (vectors, 0.0))
@@ -190,7 +146,9 @@ def update_router_biases(model: nn.Module, expert_counts: Mapping[int, Tensor], 
     `expert_counts`: by layer, [E] tokens routed to each expert; a layer that did not run is left out.
     """
     for layer, counts in expert_counts.items():
-        bias = model.get_parameter(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        bias = model.get_submodule(f"model.layers.{layer}.mlp.gate").e_score_correction_bias
+        if not isinstance(bias, Tensor):  # a router that is balanced by a loss alone
+            continue
         load = counts.to(bias)
         bias.add_(torch.sign(load.mean() - load), alpha=rate)
 

@@ -1,13 +1,15 @@
-"""Training runs by name, and the one function that puts corpus, batches, losses and loop together.
+"""Training runs by name or from a file, and the one function that puts data, losses and loop together.
 
 indexshare train nano --output runs/nano        trains the shipped model (`make nano`)
 indexshare train tiny --output runs/tiny        the same path in a minute, for a look at how it works
+indexshare train chats.toml                     data of one's own, see `recipes_file`
 """
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +18,14 @@ from indexshare.errors import ConfigError, TrainingError
 from indexshare.model import recipes as model_recipes
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.train.data import Batch, Mixture, PackedBatches, prepare
+from indexshare.train.distributed import Mesh, is_main, wait_for_all
 from indexshare.train.export import export_model
 from indexshare.train.initialize import initialize_induction
 from indexshare.train.loop import Losses, Phase, TrainRecipe, TrainResult, train
 from indexshare.train.losses import step_loss
+from indexshare.train.parallel import ContextShare, context_share, whole_model
+from indexshare.train.recipes_file import read_recipe
+from indexshare.train.recipes_run import StepLoss, first_model, read_texts, rollout_batches, row_batches, without_critic
 
 
 def nano() -> TrainRecipe:
@@ -28,6 +34,8 @@ def nano() -> TrainRecipe:
     Dense attention on short rows first, because it is cheapest; then the indexers learn from dense attention while the
     model goes on (the warm-up of DSA); then everything with the keys that the indexers choose, on long documents. There
     the indexers' loss is over all visible keys: over the selected ones alone they would not learn what they miss.
+    The shipped weights come from a loss that was the sum over the layers an indexer serves, now it is their mean:
+    Muon and AdamW take the same step for a multiple of a gradient, so that only the gradient clip sees the difference.
     """
     sparse = Phase(
         name="sparse",
@@ -118,9 +126,11 @@ RECIPES: dict[str, Callable[[], TrainRecipe]] = {"nano": nano, "tiny": tiny}
 
 
 def recipe_named(name: str) -> TrainRecipe:
-    """Raises ConfigError with the known names."""
+    """The recipe of a name or of a TOML file. Raises ConfigError with the known names, and as `read_recipe`."""
+    if name.endswith(".toml"):
+        return read_recipe(Path(name))
     if name not in RECIPES:
-        raise ConfigError(f"no training recipe '{name}'; there are: {', '.join(RECIPES)}")
+        raise ConfigError(f"no training recipe '{name}'; there are: {', '.join(RECIPES)}, and files that end in .toml")
     return RECIPES[name]()
 
 
@@ -154,8 +164,8 @@ def phase_batches(recipe: TrainRecipe, data_directory: Path) -> Callable[[int], 
     return batches
 
 
-def phase_loss(recipe: TrainRecipe) -> Callable[[nn.Module, Batch, Phase], Losses]:
-    """step_loss(model, batch, phase) as the loop wants it."""
+def phase_loss(recipe: TrainRecipe, context: ContextShare | None = None) -> Callable[[nn.Module, Batch, Phase], Losses]:
+    """step_loss(model, batch, phase) as the loop wants it; context: the ranks that divide the tokens of a batch."""
 
     def losses(model: nn.Module, batch: Batch, phase: Phase) -> Losses:
         assert isinstance(model, GlmForCausalLM)
@@ -174,9 +184,14 @@ def phase_loss(recipe: TrainRecipe) -> Callable[[nn.Module, Batch, Phase], Losse
             attention=phase.attention,
             trains=phase.trains,
             mtp_weight=phase.mtp_loss_weight,
+            mtp_num_steps=phase.mtp_num_steps,
+            mtp_objective=phase.mtp_objective,
             index_weight=phase.index_loss_weight,
             index_stride=phase.index_stride,
             index_target=phase.index_target,
+            recompute=phase.recompute,
+            balance_weight=phase.balance_loss_weight,
+            context=context,
         )
 
     return losses
@@ -192,35 +207,86 @@ def run(
     max_minutes: float | None = None,
     progress: bool = True,
     device: str = "cpu",
+    mesh: Mesh | None = None,
 ) -> tuple[GlmForCausalLM, TrainResult]:
-    """Prepares the data below output_directory/data once, trains or resumes, writes output_directory/model.
+    """Trains or resumes, and writes output_directory/model. A named recipe prepares its data below it once.
 
-    A run that was stopped early leaves the model as it is then. Returns the model (BF16) and how the run ended.
+    A run that was stopped early leaves the model as it is then. Returns the model (BF16) and how the run ended;
+    of several processes the main one has and writes the model. mesh: how they share the work.
     accept_recipe_change: go on from a checkpoint although the recipe has changed since the run was started.
     Raises TrainingError, before anything else is done, when output_directory cannot be written to; more as in `train`.
     """
+    mesh = mesh or Mesh.over_all()
     _make_writable(output_directory)
-    data_directory = output_directory / "data"
-    if not (data_directory / "held_out.json").is_file():
-        prepare(data_directory, tokenizer_directory=tokenizer_directory)
-    model = GlmForCausalLM(recipe.model)
-    model.init_weights(recipe.seed)
-    if recipe.data.get("induction_start"):
-        initialize_induction(model, recipe.seed)
-    model.to(device)
+    if "kind" in recipe.data:
+        job = _own_job(recipe, output_directory, device, mesh)
+    else:
+        job = _named_job(recipe, output_directory, device, tokenizer_directory, mesh)
     result = train(
         recipe,
         output_directory,
-        model=model,
-        batches=phase_batches(recipe, data_directory),
-        step_loss=phase_loss(recipe),
+        model=job.model,
+        batches=job.batches,
+        step_loss=job.step_loss,
         resume=resume,
         accept_recipe_change=accept_recipe_change,
         max_minutes=max_minutes,
         progress=progress,
+        mesh=mesh,
     )
-    export_model(model, data_directory, output_directory / "model")
+    without_critic(job.model)
+    model = whole_model(job.model)
+    if is_main():
+        export_model(model, job.tokenizer_directory, output_directory / "model")
     return model, result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What the loop is given: the model on its device, batches and loss; and whose tokenizer is exported."""
+
+    model: GlmForCausalLM
+    batches: Callable[[int], Any]
+    step_loss: StepLoss
+    tokenizer_directory: Path
+
+
+def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directory: Path | None, mesh: Mesh) -> _Job:
+    """Code and generated episodes, prepared in output/data."""
+    directory = output / "data"
+    if is_main() and not (directory / "held_out.json").is_file():
+        prepare(directory, tokenizer_directory=tokenizer_directory)
+    wait_for_all()
+    model = GlmForCausalLM(recipe.model)
+    model.init_weights(recipe.seed)
+    if recipe.data.get("induction_start"):
+        initialize_induction(model, recipe.seed)
+    return _Job(
+        model=model.to(device),
+        batches=_share_of(phase_batches(recipe, directory), mesh),
+        step_loss=phase_loss(recipe, context_share(mesh, torch.device(device).type)),
+        tokenizer_directory=directory,
+    )
+
+
+def _share_of(batches: Callable[[int], Batch], mesh: Mesh) -> Callable[[int], Batch]:
+    """This rank's rows of each batch."""
+    return lambda step: mesh.rows_of(batches(step))
+
+
+def _own_job(recipe: TrainRecipe, output: Path, device: str, mesh: Mesh) -> _Job:
+    """A recipe from a file."""
+    texts = read_texts(recipe)
+    model = first_model(recipe).to(device)
+    if recipe.data["kind"] == "rl":
+        rollouts, loss = rollout_batches(recipe, texts, model, output)
+        return _Job(model=model, batches=rollouts, step_loss=loss, tokenizer_directory=texts.directory)
+    return _Job(
+        model=model,
+        batches=_share_of(row_batches(recipe, texts), mesh),
+        step_loss=phase_loss(recipe, context_share(mesh, torch.device(device).type)),
+        tokenizer_directory=texts.directory,
+    )
 
 
 def _make_writable(directory: Path) -> None:

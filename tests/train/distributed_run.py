@@ -1,0 +1,183 @@
+"""One rank of the runs that test_distributed.py starts: python distributed_run.py JOBS, where JOBS is a JSON list."""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+
+from indexshare.data.rows import IGNORED, Batch
+from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.recipes import tiny
+from indexshare.train import losses, parallel
+from indexshare.train.distributed import Mesh, process_group, rank
+from indexshare.train.loop import train
+from indexshare.train.parallel import context_share
+from indexshare.train.phases import Phase, TrainRecipe
+
+LENGTH, ROWS = 32, 4
+# Function of torch.distributed -> collective, and which of its tensors is the whole. Newer versions have new names.
+COLLECTIVES = {
+    "all_gather_into_tensor": ("all-gather", 0),
+    "all_gather_single": ("all-gather", 0),
+    "reduce_scatter_tensor": ("reduce-scatter", 1),
+    "reduce_scatter_single": ("reduce-scatter", 1),
+    "all_to_all_single": ("all-to-all", 1),
+}
+CONFIG = tiny(vocab_size=64)
+
+
+def recipe(num_steps: int) -> TrainRecipe:
+    """Dense, then the indexers alone, then everything: the parts of a real run, `num_steps` in all."""
+    common: dict[str, Any] = {"sequence_length": LENGTH, "batch_size": ROWS}
+    dense = Phase(name="dense", num_steps=num_steps // 4, attention="dense", trains="model", **common)
+    indexer = Phase(
+        name="indexer",
+        num_steps=num_steps // 4,
+        attention="dense",
+        trains="indexer",
+        index_loss_weight=1.0,
+        index_target="visible",
+        **common,
+    )
+    sparse = Phase(
+        name="sparse",
+        num_steps=num_steps - 2 * (num_steps // 4),
+        attention="sparse",
+        index_loss_weight=1.0,
+        mtp_loss_weight=0.3,
+        mtp_num_steps=2,
+        **common,
+    )
+    return TrainRecipe(
+        name="test",
+        model=CONFIG,
+        phases=(dense, indexer, sparse) if num_steps > 1 else (replace(sparse, mtp_num_steps=1),),
+        seed=7,
+        learning_rate_muon=5e-3,
+        learning_rate_adamw=5e-3,
+        warmup_steps=2,
+        muon_split=True,
+        checkpoint_every=1000,
+        log_every=1,
+    )
+
+
+def global_batch(step: int) -> Batch:
+    """Counting sequences, two to a row, with weights that differ: the ranks' shares weigh differently, too."""
+    rng = np.random.default_rng(step)
+    tokens = (rng.integers(0, 16, (ROWS, 1)) + np.arange(LENGTH + 1) * rng.integers(1, 3, (ROWS, 1))) % 16
+    token_ids, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+    positions, starts = np.empty_like(token_ids), []
+    for row in range(ROWS):
+        cut = int(rng.integers(5, LENGTH - 5))
+        starts += [row * LENGTH, row * LENGTH + cut]
+        positions[row] = np.concatenate((np.arange(cut), np.arange(LENGTH - cut)))
+        targets[row, [cut - 1, -1]] = IGNORED
+    weights = (targets != IGNORED) * rng.choice([0.5, 1.0, 2.0], targets.shape)
+    return Batch(
+        token_ids=token_ids,
+        targets=targets,
+        loss_weights=weights.astype(np.float32),
+        positions=positions,
+        segment_starts=(*starts, ROWS * LENGTH),
+    )
+
+
+def _counting(original: Any, payloads: Counter[str], collective: str, which: int) -> Any:
+    def call(*arguments: Any, **more: Any) -> Any:
+        tensors = [value for value in (*arguments, *more.values()) if isinstance(value, torch.Tensor)]
+        if tensors[which].is_floating_point() and distributed.get_world_size(more.get("group")) > 1:
+            payloads[collective] += tensors[which].nbytes
+        return original(*arguments, **more)
+
+    return call
+
+
+@contextmanager
+def counted_bytes() -> Iterator[Counter[str]]:
+    """By collective: bytes of what each call assembles, scatters or exchanges, of floats and between several ranks."""
+    payloads: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (collective, which) in COLLECTIVES.items():
+            if hasattr(distributed, name):
+                patch.setattr(distributed, name, _counting(getattr(distributed, name), payloads, collective, which))
+        for name, collective, which in (("_all_gather", "all-gather", 0), ("_reduce_scatter", "reduce-scatter", 1)):
+            patch.setattr(parallel, name, _counting(getattr(parallel, name), payloads, collective, which))
+        yield payloads
+
+
+def run(job: dict[str, Any]) -> None:
+    """Train as the job says: output, num_steps, and optionally cp, ep, max_steps, signal (step, on the last rank),
+    nan (step, on the first rank), count."""
+    mesh = Mesh.over_all(cp=job.get("cp", 1), ep=job.get("ep", 1))
+    context = context_share(mesh, "cpu")
+    model = GlmForCausalLM(CONFIG)
+    model.init_weights(7)
+
+    bad_batch: dict[str, Any] = {}
+
+    def batches(step: int) -> Batch:
+        if step == job.get("signal") and rank() == mesh.num_ranks - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        batch = mesh.rows_of(global_batch(step))
+        if step == job.get("nan") and rank() == 0:
+            bad_batch["token_ids"] = batch.token_ids
+        return batch
+
+    def step_loss(model: nn.Module, batch: Batch, phase: Phase) -> losses.Losses:
+        assert isinstance(model, GlmForCausalLM)
+        arrays = (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
+        token_ids, targets, positions, weights = (torch.from_numpy(array).flatten() for array in arrays)
+        found = losses.step_loss(
+            model,
+            token_ids,
+            targets,
+            positions,
+            weights,
+            batch.segment_starts,
+            attention=phase.attention,
+            trains=phase.trains,
+            mtp_weight=phase.mtp_loss_weight,
+            mtp_num_steps=phase.mtp_num_steps,
+            index_weight=phase.index_loss_weight,
+            index_stride=phase.index_stride,
+            index_target=phase.index_target,
+            context=context,
+        )
+        is_bad = job.get("nan") is not None and batch.token_ids is bad_batch.get("token_ids")
+        return replace(found, total=found.total * torch.nan) if is_bad else found
+
+    with counted_bytes() if job.get("count") else nullcontext({}) as payloads:
+        result = train(
+            recipe(job["num_steps"]),
+            Path(job["output"]),
+            model=model,
+            batches=batches,
+            step_loss=step_loss,
+            max_steps=job.get("max_steps"),
+            progress=False,
+            mesh=mesh,
+        )
+    shards = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in model.parameters())
+    report = {"stopped": result.stopped, "step": result.step, "shard_numbers": shards, "payloads": dict(payloads)}
+    Path(job["output"], f"rank-{rank()}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with process_group(torch.device("cpu")):
+        for job in json.loads(sys.argv[1]):
+            run(job)
