@@ -202,6 +202,7 @@ class Mixture:
     retrieval: float = 0.3
     repeats: float = 0.0  # rows of random tokens that come again: what induction heads learn from
     document_weight: float = 1.0  # loss weight of the code inside retrieval documents
+    min_document: int = _MIN_RETRIEVAL  # tokens of a retrieval document, where that many are left of the row
     position_skips: float = 0.5  # share of rows whose positions skip ahead
     max_position: int = 131_072  # positions stay below this
 
@@ -312,7 +313,8 @@ class PackedBatches:
         if not retrieval:
             return make_talk(rng) if rng.random() < 0.2 else make_tool_call(rng)
         # Uniform in the logarithm, so that short documents, dense in answers, are as frequent as long ones.
-        wanted = int(np.exp(rng.uniform(np.log(_MIN_RETRIEVAL), np.log(room))))
+        shortest = min(self.mixture.min_document, room)
+        wanted = int(np.exp(rng.uniform(np.log(shortest), np.log(room))))
         if room - wanted < _MIN_RETRIEVAL:
             wanted = room
         return make_retrieval(rng, self.files, self.encoder, wanted + 1, self.mixture.document_weight)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from indexshare.engine.resolve import resolve_model
 from indexshare.errors import ConfigError, TrainingError
 from indexshare.model import recipes as model_recipes
 from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.weights import load_model
 from indexshare.train.data import Batch, Mixture, PackedBatches, prepare
 from indexshare.train.distributed import Mesh, is_main, wait_for_all
 from indexshare.train.export import export_model
@@ -89,6 +91,55 @@ def nano() -> TrainRecipe:
     )
 
 
+def nano_long() -> TrainRecipe:
+    """The second stage of the shipped model: whole rows of 65,536 and 131,072 tokens, most of them one document."""
+    long = Phase(
+        name="64K",
+        num_steps=40,
+        attention="sparse",
+        index_loss_weight=1.0,
+        mtp_loss_weight=0.1,
+        sequence_length=65_536,
+        batch_size=1,
+        index_stride=256,
+        index_target="visible",
+        recompute=True,
+        data={"min_document": 49_152},
+    )
+    return TrainRecipe(
+        name="nano-long",
+        model=model_recipes.nano(),
+        phases=(
+            long,
+            replace(
+                long,
+                name="128K",
+                num_steps=20,
+                sequence_length=131_072,
+                index_stride=512,
+                data={"min_document": 98_304},
+            ),
+        ),
+        seed=2027,
+        learning_rate_muon=8e-4,
+        learning_rate_adamw=5e-4,
+        warmup_steps=3,
+        min_lr_ratio=0.1,
+        bias_update_rate=0.002,
+        precision="bf16",
+        checkpoint_every=5,
+        log_every=1,
+        data={
+            "start": "runs/nano/model",
+            "code": 0.2,
+            "retrieval": 0.7,
+            "repeats": 0.02,
+            "position_skips": 0.5,
+            "max_position": 1_048_576,
+        },
+    )
+
+
 def tiny() -> TrainRecipe:
     """A minute of the same path on the tiny model."""
     return TrainRecipe(
@@ -122,7 +173,7 @@ def tiny() -> TrainRecipe:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainRecipe]] = {"nano": nano, "tiny": tiny}
+RECIPES: dict[str, Callable[[], TrainRecipe]] = {"nano": nano, "nano-long": nano_long, "tiny": tiny}
 
 
 def recipe_named(name: str) -> TrainRecipe:
@@ -146,6 +197,7 @@ def phase_batches(recipe: TrainRecipe, data_directory: Path) -> Callable[[int], 
             repeats=float(data["repeats"]),
             position_skips=float(data["position_skips"]),
             max_position=int(data["max_position"]),
+            **({"min_document": int(data["min_document"])} if "min_document" in data else {}),
         )
         source = PackedBatches(
             data_directory,
@@ -254,11 +306,16 @@ class _Job:
 def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directory: Path | None, mesh: Mesh) -> _Job:
     """Code and generated episodes, prepared in output/data."""
     directory = output / "data"
+    start = resolve_model(str(recipe.data["start"])) if "start" in recipe.data else None
+    tokenizer_directory = tokenizer_directory or start
     if is_main() and not (directory / "held_out.json").is_file():
         prepare(directory, tokenizer_directory=tokenizer_directory)
     wait_for_all()
-    model = GlmForCausalLM(recipe.model)
-    model.init_weights(recipe.seed)
+    if start is not None:
+        model = load_model(start, dtype=torch.float32)
+    else:
+        model = GlmForCausalLM(recipe.model)
+        model.init_weights(recipe.seed)
     if recipe.data.get("induction_start"):
         initialize_induction(model, recipe.seed)
     return _Job(
