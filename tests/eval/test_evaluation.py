@@ -26,11 +26,12 @@ def test_an_evaluation_has_every_length(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert [each.num_tokens for each in evaluation.sparse] == [300, 512]
     assert [(each.num_tokens, each.attention) for each in evaluation.dense] == [(300, "dense")]
     assert evaluation.language.num_files == 1
+    assert evaluation.tools.num_requests == 2
     assert msgspec.json.decode(msgspec.json.encode(evaluation), type=Evaluation) == evaluation
     console = Console(file=io.StringIO(), width=140, record=True)
     console.print(render(evaluation))
     shown = console.export_text()
-    assert shown.count("0 of 2") == 3
+    assert shown.count("0 of 2") == 4  # three lengths and the tool calls
     assert f"{evaluation.language.bits_per_byte:.3f}; xz -9e needs" in shown
 
 

@@ -13,12 +13,14 @@ from indexshare import runtime
 from indexshare.engine.cache import check_memory, required_bytes
 from indexshare.engine.llm import LLM
 from indexshare.errors import RequestError
+from indexshare.eval import tool_calls
 from indexshare.eval.cache_quality import CacheQuality, lines, measure_caches
 from indexshare.eval.documents import Library
 from indexshare.eval.language import LanguageResult, measure_language
 from indexshare.eval.machine import MachineReport, describe_machine
 from indexshare.eval.progress import bar
 from indexshare.eval.retrieval import Attention, LengthResult, evaluate_length
+from indexshare.eval.tool_calls import ToolResult, measure_tool_calls
 from indexshare.kernels.cache_formats import PLAIN
 
 DENSE_UP_TO = 16_384  # tokens; dense attention costs too much beyond
@@ -42,6 +44,7 @@ class Evaluation:
     sparse: tuple[LengthResult, ...]
     dense: tuple[LengthResult, ...]
     language: LanguageResult
+    tools: ToolResult
     caches: CacheQuality | None = None
 
 
@@ -82,6 +85,8 @@ def evaluate_model(
     dense = tuple(retrieval(length, "dense") for length in lengths if length <= dense_up_to)
     with bar("bits per byte", "tokens") as report:
         language = measure_language(llm, progress=report)
+    with bar("tool calls", "requests") as report:
+        tools = measure_tool_calls(llm, num_requests=num_questions, seed=seed, report=report)
     return Evaluation(
         model=llm.directory.name,
         seed=seed,
@@ -89,6 +94,7 @@ def evaluate_model(
         sparse=sparse,
         dense=dense,
         language=language,
+        tools=tools,
         caches=measure_caches(llm, library, lengths, seed=seed) if llm.caches != PLAIN else None,
     )
 
@@ -115,4 +121,6 @@ def render(evaluation: Evaluation) -> RenderableType:
         f"{language.bits_per_byte:.3f}; xz -9e needs {language.xz_bits_per_byte:.3f}"
     )
     caches = lines(evaluation.caches) if evaluation.caches is not None else []
-    return Group(picture, Text(line), *map(Text, caches), Text(NOTE, style="dim"))
+    return Group(
+        picture, Text(line), Text(tool_calls.line(evaluation.tools)), *map(Text, caches), Text(NOTE, style="dim")
+    )
