@@ -92,7 +92,21 @@ def nano() -> TrainRecipe:
 
 
 def nano_long() -> TrainRecipe:
-    """The second stage of the shipped model: whole rows of 65,536 and 131,072 tokens, most of them one document."""
+    """The second stage of the shipped model: more tool calls, then rows of 65,536 and 131,072 tokens, most of them one
+    document."""
+    short = Phase(
+        name="tools",
+        num_steps=250,
+        attention="sparse",
+        index_loss_weight=1.0,
+        mtp_loss_weight=0.1,
+        sequence_length=2048,
+        batch_size=2,
+        index_stride=16,
+        index_target="visible",
+        learning_rate_scale=1.5,
+        data={"code": 0.4, "retrieval": 0.15, "repeats": 0.05},
+    )
     long = Phase(
         name="64K",
         num_steps=40,
@@ -123,8 +137,8 @@ def nano_long() -> TrainRecipe:
         seed=2027,
         learning_rate_muon=8e-4,
         learning_rate_adamw=5e-4,
-        warmup_steps=3,
-        min_lr_ratio=0.1,
+        warmup_steps=20,
+        min_lr_ratio=0.5,
         bias_update_rate=0.002,
         precision="bf16",
         checkpoint_every=5,
