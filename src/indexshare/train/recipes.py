@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine.resolve import resolve_model
 from indexshare.errors import ConfigError, TrainingError
 from indexshare.model import recipes as model_recipes
@@ -26,7 +27,7 @@ from indexshare.train.initialize import initialize_induction
 from indexshare.train.loop import Losses, Phase, TrainRecipe, TrainResult, train
 from indexshare.train.losses import step_loss
 from indexshare.train.parallel import ContextShare, context_share, whole_model
-from indexshare.train.recipes_file import read_recipe
+from indexshare.train.recipes_file import read_recipe, with_ends
 from indexshare.train.recipes_run import StepLoss, first_model, read_texts, rollout_batches, row_batches, without_critic
 
 
@@ -124,6 +125,7 @@ def nano_long() -> TrainRecipe:
         name="nano-long",
         model=model_recipes.nano(),
         phases=(
+            short,
             long,
             replace(
                 long,
@@ -328,7 +330,7 @@ def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directo
     if start is not None:
         model = load_model(start, dtype=torch.float32)
     else:
-        model = GlmForCausalLM(recipe.model)
+        model = GlmForCausalLM(with_ends(recipe.model, Tokenizer.from_directory(directory)))
         model.init_weights(recipe.seed)
     if recipe.data.get("induction_start"):
         initialize_induction(model, recipe.seed)
