@@ -6,6 +6,7 @@
 #     make fuzz        ten minutes of fuzzing                  make bench-serving the server measured
 #     make lint        only the checks                         make bench-check did a kernel become slower?
 #     make clean       remove what these made                  make sanitize    kernel tests under sanitizers (gcc)
+#     make paper       the paper's claims in small, 7 hours    (goes on where it was stopped)
 #
 # PYTHON=python3.12 picks the interpreter, WORKERS=4 the test processes, DEMO_ARGUMENTS="--tokens 16384" what `make demo` passes on,
 # BENCH_ARGUMENTS=--update what `make bench-check` does.
@@ -31,10 +32,10 @@ RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 FUZZ := $(VENV)/fuzz
 
-.PHONY: help demo test test-slow test-e2e lint nano fuzz soak bench-serving bench-check sanitize clean
+.PHONY: help demo test test-slow test-e2e lint nano paper fuzz soak bench-serving bench-check sanitize clean
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 demo: $(RUNTIME)
 	@$(BIN)/indexshare demo $(DEMO_ARGUMENTS)
@@ -67,12 +68,15 @@ lint: $(DEVELOPMENT)
 	@$(BIN)/lint-imports --no-cache > $(VENV)/levels.txt || { cat $(VENV)/levels.txt; exit 1; }
 
 # glibc keeps large blocks between steps instead of asking the system for fresh pages (docs/experiments.md).
-nano: export MALLOC_MMAP_THRESHOLD_ = 8589934592
-nano: export MALLOC_TRIM_THRESHOLD_ = 17179869184
-nano: export MALLOC_TOP_PAD_ = 67108864
+nano paper: export MALLOC_MMAP_THRESHOLD_ = 8589934592
+nano paper: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+nano paper: export MALLOC_TOP_PAD_ = 67108864
 nano: $(RUNTIME)
 	@$(BIN)/indexshare train nano
 	@$(BIN)/indexshare eval runs/nano/model
+
+paper: $(RUNTIME)
+	@$(BIN)/python benchmarks/paper_table.py --output runs/paper --write docs/indexshare.md
 
 soak: $(DEVELOPMENT)
 	@$(BIN)/python benchmarks/soak.py $(SOAK_ARGUMENTS)

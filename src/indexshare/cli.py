@@ -219,11 +219,15 @@ def quantize(model: Model, /, *, options: QuantizeOptions, as_json: AsJson = Fal
 @app.command(
     help_epilogue="Examples:\n\n"
     "    indexshare train tiny --output runs/tiny --max-minutes 1\n"
-    "    indexshare train chats.toml --output runs/chats"
+    "    indexshare train chats.toml --output runs/chats\n"
+    "    torchrun --nproc-per-node 2 -m indexshare train text.toml"
 )
 def train(
     recipe: Annotated[
-        str, Parameter(help="A recipe file in TOML, or tiny (a minute), or nano (the model in this package).")
+        str,
+        Parameter(
+            help="A recipe file in TOML, or tiny (a minute), nano (two hours), nano-long (from runs/nano/model on)."
+        ),
     ],
     /,
     *,

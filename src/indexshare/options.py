@@ -215,8 +215,10 @@ class TrainOptions:
             )
             if not is_main():
                 return ""
-        loss = f"loss {result.lm_loss:.4f}"
-        return f"stopped: {result.stopped}, step {result.step:,}, {loss}, model in {directory / 'model'}"
+        how = "finished" if result.stopped == "finished" else f"stopped ({result.stopped})"
+        left = "" if result.stopped == "finished" else "; the same command goes on"
+        place = f"step {result.step:,} of {recipe.num_steps:,}, loss {result.lm_loss:.4f}"
+        return f"{how} at {place}, model in {directory / 'model'}{left}"
 
 
 @Parameter(name="*")

@@ -38,7 +38,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for arguments, message in (
         (["nowhere", "--output", str(tmp_path / "out")], "nowhere does not exist"),
         ([str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), "--ngram", "1"], "--ngram must be"),
-        ([str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), "--tokenizer", "none"], "tokenizer.json"),
+        ([str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), "--tokenizer", "none"], "no model at 'none'"),
         (["--output", str(tmp_path / "out")], "give at least one source"),
     ):
         code, _, err = run(capsys, "build", *arguments)

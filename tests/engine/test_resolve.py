@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from indexshare.engine import resolve
-from indexshare.engine.resolve import packaged_model, resolve_config, resolve_model
+from indexshare.engine.resolve import packaged_model, resolve_config, resolve_model, resolve_tokenizer
 from indexshare.errors import ConfigError
 from indexshare.model.recipes import RECIPES, glm_5_2, tiny
 
@@ -43,6 +43,12 @@ def test_a_hub_id_is_fetched_without_code(hub: list[tuple[str, dict[str, Any]]],
         {"revision": None, "allow_patterns": ["*.safetensors", "*.json", "*.jinja"]},
     )
     assert hub[1][1]["revision"] == "refs/pr/1"
+
+
+def test_a_tokenizer_fetches_no_weights(hub: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
+    assert resolve_tokenizer("zai-org/GLM-5.2") == tmp_path
+    assert hub[0][1]["allow_patterns"] == ["*.json", "*.jinja"]
+    assert resolve_tokenizer("nano") == packaged_model()
 
 
 def test_a_configuration_fetches_nothing_else(hub: list[tuple[str, dict[str, Any]]]) -> None:

@@ -13,7 +13,7 @@ from indexshare.model.batch import ForwardBatch
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model, save_model
-from indexshare.share.attach import attach_indexers, default_sizes, uniform_pattern
+from indexshare.share.attach import attach_indexers, default_sizes, pattern_of_frequency
 
 
 def model(**changes: object) -> GlmForCausalLM:
@@ -119,14 +119,20 @@ def test_sizes_are_those_of_the_released_model_in_proportion() -> None:
     assert default_sizes(replace(recipes.tiny(), max_position_embeddings=256)) == (2, 16, 32)
 
 
-def test_uniform_patterns() -> None:
+def test_patterns_of_a_frequency() -> None:
     released = recipes.glm_5_2()
-    pattern = uniform_pattern(released, 4)
+    pattern = pattern_of_frequency(released, 4)
     assert [index for index, letter in enumerate(pattern) if letter == "F"] == list(released.full_layers)
-    assert uniform_pattern(recipes.tiny(), 1) == "FFFFFF"
-    assert uniform_pattern(recipes.tiny(), 2) == "FFFSFS"
+    assert pattern_of_frequency(recipes.tiny(), 1) == "FFFFFF"
+    assert pattern_of_frequency(recipes.tiny(), 2) == "FFFSFS"
     with pytest.raises(ConfigError, match="at least 1"):
-        uniform_pattern(released, 0)
+        pattern_of_frequency(released, 0)
+
+
+def test_a_rotation_that_other_software_would_read_otherwise_is_refused() -> None:
+    source = GlmForCausalLM(replace(dense_config(), rope_interleave=False))
+    with pytest.raises(ConfigError, match="rope_interleave is false"):
+        attach_indexers(source, "FSSFSS")
 
 
 def test_tied_weights_stay_tied() -> None:

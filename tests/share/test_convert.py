@@ -124,3 +124,12 @@ def test_a_model_without_indexers_gets_some_first(source: Path, texts: Path, tmp
 def test_a_model_that_shares_already_is_refused(source: Path, texts: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 6 indexers in 6 layers already"):
         convert_model(str(source), [texts], tmp_path / "out", keep="1", schedule=SHORT)
+
+
+def test_several_processes_would_write_the_same_run(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process: start it without torchrun"):
+        convert_model(str(source), [texts], tmp_path / "out", schedule=SHORT)
+    assert not list(tmp_path.iterdir())

@@ -271,7 +271,7 @@ def test_a_killed_distillation_goes_on_and_ends_the_same(
         return batch(self, step, batch_size)
 
     monkeypatch.setattr(HeldOutRows, "batch", terminating)
-    with pytest.raises(TrainingError, match=r"sparse at step 4 of 6.*the same command goes on"):
+    with pytest.raises(TrainingError, match=r"sparse stage at step 4 of 6.*the same command goes on"):
         distill_model(str(source), [texts], broken, pattern="FSSFSS", schedule=INTERRUPTED)
     assert seen[0] >= 4 and not broken.exists()
     monkeypatch.undo()

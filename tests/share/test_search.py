@@ -51,7 +51,7 @@ def test_greedy_is_the_algorithm_of_the_paper() -> None:
                 measured.append((runner.loss(runner.run(candidate)), candidate))
         loss, pattern = min(measured)
         losses.append((pattern, loss))
-    result = PatternSearch(model, rows, keep="1/4").search()
+    result = PatternSearch(model, rows, keep="1/4", method="greedy").search()
     assert [(removal.pattern, removal.loss) for removal in result.removals] == losses
     assert result.layer_tokens < 0.7 * result.plain_layer_tokens
     assert result.plain_layer_tokens == (1 + 7 + 6 + 5 + 4 + 3 + 2) * 8 * 4 * LENGTH
@@ -61,8 +61,8 @@ def test_lazy_takes_a_quarter_of_the_work_and_loses_little() -> None:
     shares = []
     for seed in range(2):
         model, rows = graded(seed)
-        greedy = PatternSearch(model, rows, keep="1/4").search()
-        lazy = PatternSearch(model, rows, keep="1/4", method="lazy").search()
+        greedy = PatternSearch(model, rows, keep="1/4", method="greedy").search()
+        lazy = PatternSearch(model, rows, keep="1/4").search()
         shares.append((lazy.loss - lazy.start_loss) / (greedy.loss - greedy.start_loss))
         assert lazy.layer_tokens < 0.35 * lazy.plain_layer_tokens  # of 8 layers; of more it is less
         assert lazy.pattern.count("F") == 2
@@ -76,7 +76,7 @@ def test_every_block_keeps_its_first_indexer_and_blocks_take_turns() -> None:
     assert result.pattern[0] == result.pattern[4] == "F"
     assert [removal.layer // 4 for removal in result.removals] == [0, 1, 0, 1]
     assert result.plain_layer_tokens == (1 + 3 + 3 + 2 + 2) * 8 * 4 * LENGTH
-    least = PatternSearch(model, rows, keep="1/4", num_blocks=2, method="lazy").search()
+    least = PatternSearch(model, rows, keep="1/4", num_blocks=2).search()
     assert least.pattern == "FSSSFSSS"
     with pytest.raises(ConfigError, match="one for each of the 3 blocks"):
         PatternSearch(model, rows, keep="1/4", num_blocks=3)

@@ -1,12 +1,13 @@
 """One rank of the runs that test_distributed.py starts: python distributed_run.py JOBS, where JOBS is a JSON list."""
 
+import errno
 import json
 import os
 import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from indexshare.data.rows import IGNORED, Batch
+from indexshare.errors import TrainingError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
-from indexshare.train import losses, parallel
+from indexshare.train import checkpoint, losses, parallel
+from indexshare.train import run as loop_state
 from indexshare.train.distributed import Mesh, process_group, rank
 from indexshare.train.loop import train
 from indexshare.train.parallel import context_share
@@ -106,7 +110,7 @@ def _counting(original: Any, payloads: Counter[str], collective: str, which: int
 
 
 @contextmanager
-def counted_bytes() -> Iterator[Counter[str]]:
+def counted_bytes() -> Generator[Counter[str]]:
     """By collective: bytes of what each call assembles, scatters or exchanges, of floats and between several ranks."""
     payloads: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -118,9 +122,29 @@ def counted_bytes() -> Iterator[Counter[str]]:
         yield payloads
 
 
+@contextmanager
+def full_disk(refused: str) -> Generator[None]:
+    """Writing of "state" (the main process does that), "mark" (in the state of a checkpoint that a run went back to) or
+    "shards" (the last rank) fails."""
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    places: dict[str, tuple[Any, str]] = {
+        "state": (checkpoint, "_write_state"),
+        "mark": (loop_state, "update_state"),
+        "shards": (HuggingFaceStorageWriter, "write_data"),
+    }
+    is_concerned = rank() == (distributed.get_world_size() - 1 if refused == "shards" else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_concerned:
+            patch.setattr(*places[refused], fail)
+        yield
+
+
 def run(job: dict[str, Any]) -> None:
     """Train as the job says: output, num_steps, and optionally cp, ep, max_steps, signal (step, on the last rank),
-    nan (step, on the first rank), count."""
+    nan (step, on the first rank), count, refused (what a full disk does not take, see `full_disk`)."""
     mesh = Mesh.over_all(cp=job.get("cp", 1), ep=job.get("ep", 1))
     context = context_share(mesh, "cpu")
     model = GlmForCausalLM(CONFIG)
@@ -159,17 +183,24 @@ def run(job: dict[str, Any]) -> None:
         is_bad = job.get("nan") is not None and batch.token_ids is bad_batch.get("token_ids")
         return replace(found, total=found.total * torch.nan) if is_bad else found
 
-    with counted_bytes() if job.get("count") else nullcontext({}) as payloads:
-        result = train(
-            recipe(job["num_steps"]),
-            Path(job["output"]),
-            model=model,
-            batches=batches,
-            step_loss=step_loss,
-            max_steps=job.get("max_steps"),
-            progress=False,
-            mesh=mesh,
-        )
+    try:
+        with (
+            counted_bytes() if job.get("count") else nullcontext({}) as payloads,
+            full_disk(job["refused"]) if "refused" in job else nullcontext(),
+        ):
+            result = train(
+                recipe(job["num_steps"]),
+                Path(job["output"]),
+                model=model,
+                batches=batches,
+                step_loss=step_loss,
+                max_steps=job.get("max_steps"),
+                progress=False,
+                mesh=mesh,
+            )
+    except TrainingError as error:
+        Path(job["output"], f"error-{rank()}").write_text(str(error))
+        return
     shards = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in model.parameters())
     report = {"stopped": result.stopped, "step": result.step, "shard_numbers": shards, "payloads": dict(payloads)}
     Path(job["output"], f"rank-{rank()}.json").write_text(json.dumps(report))

@@ -63,6 +63,8 @@ def assert_same_run(directory: Path, reference: Path) -> None:
         for name in LOSSES:
             assert abs(record[name] - wanted[name]) < TOLERANCE, (record["step"], name, record[name], wanted[name])
         assert record["expert_imbalance"] == wanted["expert_imbalance"]
+        # the mean over ranks, whose rows have about as many drafts each
+        assert record["mtp_acceptance"] == pytest.approx(wanted["mtp_acceptance"], abs=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"output": directory / "signal", "signal": 2},
         {"output": directory / "nan", "ep": 2, "nan": 3},
         {"output": directory / "half", "ep": 2, "max_steps": NUM_STEPS // 2},
+        *({"output": directory / f"refused-{what}", "nan": 0, "refused": what} for what in ("state", "mark", "shards")),
     ]
     jobs += [
         {"output": directory / f"count-{name}", "num_steps": 1, "count": True, **mesh} for name, mesh in MESHES.items()
@@ -126,6 +129,15 @@ def test_a_fault_on_one_rank_rolls_all_back(two: Path, tmp_path: Path) -> None:
     ]
     for record, wanted in zip(read_log(two / "nan"), read_log(tmp_path), strict=True):
         assert record.get("loss", 0.0) == pytest.approx(wanted.get("loss", 0.0), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("what", ["state", "mark", "shards"])
+def test_a_full_disk_of_one_rank_ends_the_run_on_all(two: Path, what: str) -> None:
+    errors = [(two / f"refused-{what}" / f"error-{rank}").read_text() for rank in range(2)]
+    assert any("no space left" in error for error in errors)
+    for error in errors:
+        assert "could not be written to" in error
+        assert "make room and run again" in error.lower()
 
 
 def test_saved_on_two_ranks_and_continued_by_one(two: Path, one: Path) -> None:

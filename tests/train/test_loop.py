@@ -183,15 +183,18 @@ def test_log_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(
+def test_without_a_terminal_progress_is_a_line_soon_and_then_each_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"step": 4, "phase": "dense", "lm": 2.5, "tokens_per_second": 1500.0}
     with monitor.Monitor(tmp_path / "log.jsonl", 10, 0, progress=True) as reporter:
         reporter.report(record, log=True)
-        monkeypatch.setattr(monitor, "SECONDS_BETWEEN_LINES", 0.0)
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(monitor, "SECONDS_TO_FIRST_LINE", 0.0)
+    with monitor.Monitor(tmp_path / "log.jsonl", 10, 0, progress=True) as reporter:
         reporter.report(record, log=False)
-    assert capsys.readouterr().err == "dense step 4/10  loss 2.500  1,500 tokens/s  0 min left\n"
+        reporter.report(record, log=False)
+    assert capsys.readouterr().err == "dense step 4/10  loss 2.500  1,500 tokens/s  0:00:00 left\n"
     assert read_log(tmp_path) == [record]
 
 

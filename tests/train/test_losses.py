@@ -1,11 +1,14 @@
 """What a step minimises: who gets gradients, what is supervised, and that selections repeat (facts for RL, too)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from indexshare import runtime
 from indexshare.kernels import registry
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model import glm, recipes
@@ -163,11 +166,21 @@ def test_an_indexer_learns_from_the_mean_over_the_layers_it_serves() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_layers_that_run_again_give_the_same_gradients_and_choose_once(attention: Literal["sparse", "dense"]) -> None:
+@pytest.mark.parametrize("balance_weight", [0.0, 0.1])
+def test_layers_that_run_again_give_the_same_gradients_and_choose_once(
+    attention: Literal["sparse", "dense"], balance_weight: float
+) -> None:
     def step(recompute: bool) -> tuple[dict[str, Tensor], Losses, int]:
         built, before = model(), registry.num_calls("index_select")
         losses = step_loss(
-            built, *inputs(), STARTS, attention=attention, mtp_weight=0.1, index_target="visible", recompute=recompute
+            built,
+            *inputs(),
+            STARTS,
+            attention=attention,
+            mtp_weight=0.1,
+            index_target="visible",
+            balance_weight=balance_weight,
+            recompute=recompute,
         )
         losses.total.backward()
         found = {name: weight.grad for name, weight in built.named_parameters() if weight.grad is not None}
@@ -178,3 +191,36 @@ def test_layers_that_run_again_give_the_same_gradients_and_choose_once(attention
     assert all(torch.equal(plain[0][name], again[0][name]) for name in plain[0])
     assert torch.equal(plain[1].total, again[1].total)
     assert plain[2] == again[2]
+
+
+def test_nothing_in_a_step_is_as_large_as_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With indexers trained over all visible keys of a row beyond the length up to which masks are made."""
+    length, largest, small = 2048, [0], runtime.Settings(workspace_mib=1)
+    monkeypatch.setattr(glm, "MASKED_MAX_CONTEXT", length // 4)
+    monkeypatch.setattr(runtime, "settings", lambda: small)
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            outputs = func(*args, **(kwargs or {}))
+            sizes = (leaf.numel() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            largest[0] = max(largest[0], *sizes, 0)
+            return outputs
+
+    token_ids = torch.randint(0, 64, (length,))
+    targets = token_ids.roll(-1)
+    with Sizes(), registry.specifications():
+        losses = step_loss(
+            model(),
+            token_ids,
+            targets,
+            torch.arange(length),
+            torch.ones(length),
+            (0, length),
+            attention="sparse",
+            mtp_weight=0.1,
+            index_target="visible",
+            index_stride=64,
+        )
+        losses.total.backward()
+    assert float(losses.index_kl) > 0
+    assert 0 < largest[0] <= 256 * length < length * length  # rows of 256 logits, or of 8 keys of 32

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import indexshare
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.errors import ConfigError, TrainingError
+from indexshare.model.config import GlmConfig
 from indexshare.train import corpus, recipes
 from indexshare.train.data import prepare
 from indexshare.train.loop import TrainRecipe, TrainResult
@@ -40,6 +42,8 @@ def run(output: Path, recipe: TrainRecipe, **options: bool) -> TrainResult:
 def test_a_changed_recipe_goes_on_only_when_accepted(output: Path) -> None:
     assert run(output, short()).stopped == "finished"
     assert {path.name for path in (output / "model").iterdir()} >= {"config.json", "model.safetensors"}
+    stops = Tokenizer.from_directory(SHIPPED).stop_ids  # not those of the tiny preset, whose 0 is "!" here
+    assert GlmConfig.from_json(output / "model").eos_token_id == stops
     phase = dataclasses.replace(short().phases[0], num_steps=3)
     longer = dataclasses.replace(short(), phases=(phase,))
     with pytest.raises(ConfigError, match="--accept-recipe-change"):

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from indexshare.engine.resolve import packaged_model
 from indexshare.errors import TrainingError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
+from indexshare.train import recipes
 from indexshare.train.losses import step_loss
-from indexshare.train.recipes import run
+from indexshare.train.phases import Phase
+from indexshare.train.recipes import phase_loss, run
 from indexshare.train.recipes_file import read_recipe
 from indexshare.train.sft import ChatRows, Example, SftOptions, encode_example, learned_tokens, pack
 
@@ -206,6 +208,24 @@ def test_rows_of_a_batch_are_padded_apart() -> None:
     assert batch.token_ids.shape == batch.targets.shape == batch.positions.shape == (3, batch.token_ids.shape[1])
     width = batch.token_ids.shape[1]
     assert {0, width, 2 * width, 3 * width} <= set(batch.segment_starts)
+
+
+def test_padding_is_no_work_for_experts_and_trains_no_indexer() -> None:
+    batches = (rows(30, 64).batch(step, 3) for step in range(9))
+    packed = next(batch for batch in batches if batch.without_padding() is not batch)
+    plain = packed.without_padding()
+    assert plain.token_ids.shape == (1, plain.segment_starts[-1]) and plain.token_ids.size < packed.token_ids.size
+    kept = [slice(*pair) for pair in pairwise(packed.segment_starts) if packed.loss_weights.ravel()[slice(*pair)].any()]
+    for name in ("token_ids", "targets", "positions", "loss_weights"):
+        whole = getattr(packed, name).ravel()
+        assert (getattr(plain, name)[0] == np.concatenate([whole[part] for part in kept])).all()
+    assert plain.segment_starts == (0, *accumulate(part.stop - part.start for part in kept))
+    assert plain.without_padding() is plain
+    model = GlmForCausalLM(tiny(vocab_size=4096))
+    model.init_weights(0)
+    phase = Phase(name="sft", num_steps=1, attention="sparse", sequence_length=64, batch_size=3)
+    losses = phase_loss(recipes.tiny())(model, packed, phase)
+    assert all(int(counts.sum()) == 2 * plain.token_ids.size for counts in losses.expert_counts.values())
 
 
 def test_conversations_that_do_not_fit_are_counted() -> None:

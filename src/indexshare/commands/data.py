@@ -42,7 +42,7 @@ def build(
     Args:
         sources: Files and folders: text, code, JSON lines (also .gz), Parquet.
         output: Directory to write; --data of other commands takes it. What was dropped and why is in report.html.
-        tokenizer: Whose tokenizer: nano, or the directory of a model.
+        tokenizer: Whose tokenizer: nano, the directory of a model, or a hub id.
         licenses: any, permissive, or SPDX names with commas between; unknown in the list lets pass what states none.
         min_bytes: The smallest document.
         max_bytes: The largest document.
@@ -55,15 +55,14 @@ def build(
     from indexshare.data.build import BuildOptions
     from indexshare.data.build import build as run
     from indexshare.data.report import render
-    from indexshare.engine.resolve import PACKAGED, packaged_model
+    from indexshare.engine.resolve import resolve_tokenizer
     from indexshare.eval.progress import bar
     from indexshare.terminal import show
 
     options = BuildOptions(
         sources=sources,
         output=output,
-        # not resolve_model: of a hub id that would fetch the weights
-        tokenizer=packaged_model() if tokenizer == PACKAGED else Path(tokenizer),
+        tokenizer=resolve_tokenizer(tokenizer),
         licenses=licenses,
         min_bytes=min_bytes,
         max_bytes=max_bytes,

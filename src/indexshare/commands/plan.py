@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from cyclopts import App
@@ -56,7 +57,7 @@ def plan_train(
     devices: int = 256,
     cluster: Literal["a100", "h100", "h200"] = "h100",
     memory_gib: float | None = None,
-    ep: int = 8,
+    ep: int | None = None,
     cp: int = 1,
     length: int = 4096,
     rows: int = 1,
@@ -69,7 +70,7 @@ def plan_train(
         devices: Devices in all.
         cluster: What they are and how they are connected.
         memory_gib: Memory of a device, in place of the cluster's.
-        ep: Devices that divide the experts of each layer.
+        ep: Devices that divide the experts of each layer; by default 8, or as many as divide them and the devices.
         cp: Devices that divide the tokens of the same rows.
         length: Tokens of a row.
         rows: Rows for each group of cp devices.
@@ -80,8 +81,11 @@ def plan_train(
     from indexshare.train.distributed import Mesh
     from indexshare.train.plan import CLUSTERS, GIB, make_train_plan, render
 
+    config = resolve_config(model)
+    if ep is None:
+        ep = math.gcd(devices // max(cp, 1), config.n_routed_experts, 8)
     plan = make_train_plan(
-        resolve_config(model),
+        config,
         model,
         Mesh.of(devices, cp=cp, ep=ep),
         CLUSTERS[cluster],

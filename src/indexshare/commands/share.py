@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 app = App(
     name="share",
-    help="Which layers may share an indexer's choice: overlap, search, distillation.",
+    help="Which layers may share an indexer's choice: measure it, find a pattern, train for it.",
     help_epilogue="Examples:\n\n"
     "    indexshare share overlap nano --data texts/\n"
-    "    indexshare share search nano --data texts/ --keep 1/4",
+    "    indexshare share search nano --data texts/ --keep 1/4\n"
+    "    indexshare share convert MODEL --data texts/ --keep 1/4 --output shared",
     help_format="plaintext",
 )
 
@@ -137,7 +138,7 @@ def overlap(
 @app.command(
     help_epilogue="Examples:\n\n"
     "    indexshare share search nano --data texts/ --keep 1/4\n"
-    "    indexshare share search zai-org/GLM-5.2 --data texts/ --keep 1/8 --blocks 4 --method lazy"
+    "    indexshare share search zai-org/GLM-5.2 --data texts/ --keep 1/8 --blocks 4"
 )
 def search(
     model: Model,
@@ -146,7 +147,7 @@ def search(
     data: Data,
     keep: str = "1/4",
     blocks: int = 1,
-    method: Literal["greedy", "lazy"] = "greedy",
+    method: Literal["lazy", "greedy"] = "lazy",
     output: Path | None = None,
     rows: RowOptions = DEFAULT_ROWS,
     as_json: AsJson = False,
@@ -157,7 +158,7 @@ def search(
     Args:
         keep: Share of the layers that keep an indexer.
         blocks: Blocks of layers that are searched in turn; the first indexer of each stays.
-        method: greedy measures every candidate each time; lazy only those that may win.
+        method: lazy measures the candidates that may win, greedy all of them each time, as in the paper.
         output: Directory for the state, result.json and curve.png; by default runs/search-MODEL.
     """
     from indexshare.eval.progress import bar
@@ -188,7 +189,8 @@ def search(
 @app.command(
     help_epilogue="Examples:\n\n"
     "    indexshare share distill zai-org/GLM-4.7-Flash --freq 4 --data texts/ --output flash-shared\n"
-    "    indexshare share distill nano --pattern FSSSFSSS --data texts/ --only-indexers --output nano-shared"
+    "    indexshare share distill nano --pattern FSFSSSSS --data texts/ --output nano-shared "
+    "--warmup-steps 100 --sparse-steps 200 --batch-size 1"
 )
 def distill(
     model: Model,
@@ -248,7 +250,7 @@ def convert(
     output: Path,
     keep: str = "1/4",
     blocks: int = 1,
-    method: Literal["greedy", "lazy"] = "lazy",
+    method: Literal["lazy", "greedy"] = "lazy",
     rows: int = 16,
     schedule: DistillOptions = DEFAULT_DISTILL,
     indexers: IndexerOptions = DEFAULT_INDEXERS,
@@ -265,7 +267,7 @@ def convert(
         output: Directory to write; nothing is overwritten. The steps are in OUTPUT-run beside it.
         keep: Share of the layers that keep an indexer.
         blocks: Blocks of layers that are searched in turn; the first indexer of each stays.
-        method: greedy measures every candidate each time; lazy only those that may win.
+        method: lazy measures the candidates that may win, greedy all of them each time, as in the paper.
         rows: Rows of text for overlap and search.
         device: Where to train: auto, cpu, cuda, ...
         threads: CPU threads; by default all that this process may use.

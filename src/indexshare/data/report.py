@@ -70,7 +70,10 @@ class BuildReport:
 def render(report: BuildReport) -> RenderableType:
     """The report for a terminal, without what the reasons mean."""
     tables = (_table(*table) for table in _tables(report, explain=False))
-    return Group(*tables, f"{report.output}/report.html says what the reasons mean")
+    lines = [f"{report.output}/report.html says what the reasons mean"]
+    if not report.held_out.documents:
+        lines.append("nothing is held out, since few documents are left: a larger --held-out takes some")
+    return Group(*tables, *lines)
 
 
 def to_html(report: BuildReport) -> str:
@@ -85,7 +88,7 @@ def to_html(report: BuildReport) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>indexshare data build</title><style>'
         "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left;"
-        "vertical-align:top;overflow-wrap:anywhere}:root{color-scheme:light dark}</style>"
+        "vertical-align:top}td{overflow-wrap:anywhere}:root{color-scheme:light dark}</style>"
         f"<h1>{escape(report.output)}</h1>{body}</html>\n"
     )
 

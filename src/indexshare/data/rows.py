@@ -32,6 +32,24 @@ class Batch:
     positions: NDArray[np.int64]
     segment_starts: tuple[int, ...]
 
+    def without_padding(self) -> "Batch":
+        """One row of the segments in which anything is supervised; the batch itself when these are all, or none.
+
+        Segments do not see each other, so that losses stay what they are; but padding would count as work of experts.
+        """
+        wanted = np.logical_or.reduceat(self.targets.ravel() != IGNORED, self.segment_starts[:-1])
+        if wanted.all() or not wanted.any():
+            return self
+        lengths = np.diff(self.segment_starts)
+        kept = np.repeat(wanted, lengths)
+        return Batch(
+            token_ids=self.token_ids.ravel()[None, kept],
+            targets=self.targets.ravel()[None, kept],
+            loss_weights=self.loss_weights.ravel()[None, kept],
+            positions=self.positions.ravel()[None, kept],
+            segment_starts=(0, *np.cumsum(lengths[wanted]).tolist()),
+        )
+
 
 class TokenRows:
     """Documents, one after another, cut into rows of `length` tokens.

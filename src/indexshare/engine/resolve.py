@@ -12,7 +12,8 @@ from indexshare.model.config import GlmConfig
 from indexshare.model.recipes import RECIPES
 
 PACKAGED = "nano"
-FETCHED = ("*.safetensors", "*.json", "*.jinja")  # weights, configuration, tokenizer, template; never code or pickles
+TEXT_FILES = ("*.json", "*.jinja")  # configuration, tokenizer, template
+FETCHED = ("*.safetensors", *TEXT_FILES)  # never code or pickles
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -21,6 +22,15 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
 
     Raises ConfigError when there is no such directory and the name is not a hub id, or when the fetch fails.
     """
+    return _directory(model, FETCHED)
+
+
+def resolve_tokenizer(model: str | os.PathLike[str]) -> Path:
+    """As `resolve_model`, for the tokenizer and template alone: of a hub id no weights are fetched."""
+    return _directory(model, TEXT_FILES)
+
+
+def _directory(model: str | os.PathLike[str], files: tuple[str, ...]) -> Path:
     if model == PACKAGED:
         return packaged_model()
     path = Path(model)
@@ -28,7 +38,7 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         return path
     if path.is_file():
         raise ConfigError(f"{path} is a file; give the directory that holds config.json and the safetensors")
-    return _fetch(os.fspath(model), FETCHED)
+    return _fetch(os.fspath(model), files)
 
 
 def resolve_config(

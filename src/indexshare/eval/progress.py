@@ -1,7 +1,8 @@
-"""A bar on standard error for work whose pace changes: reading gets slower with every token that is there already."""
+"""Progress on stderr for work whose pace changes: reading gets slower with every token that is there already."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Report = Callable[[int, int], None]
 """report(done, total)"""
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 60.0
 
 
 @dataclass(slots=True)
@@ -48,9 +50,10 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def bar(what: str, unit: str) -> Generator[Report]:
-    """A bar with the time left, on a terminal only. It is gone when all is done, and begins anew with a smaller amount.
+    """A bar with the time left. It is gone when all is done, and begins anew with a smaller amount.
 
-    Nothing else may be written to the terminal while it is there.
+    Nothing else may be written to the terminal while it is there. Without a terminal: a line after ten seconds, which
+    says how long it will take, and then each minute.
     """
     console = Console(stderr=True)
     columns = (
@@ -70,14 +73,19 @@ def bar(what: str, unit: str) -> Generator[Report]:
     )
     task = progress.add_task(what, total=None, left="")
     pace = Pace()
+    next_line = time.monotonic() + SECONDS_TO_FIRST_LINE
 
     def report(done: int, total: int) -> None:
-        nonlocal pace
+        nonlocal pace, next_line
         if done < pace.done[-1]:
             pace = Pace()
         pace.note(done)
+        left = f"{clock(pace.remaining(total))} left"
         progress.start()
-        progress.update(task, completed=done, total=total, left=f"{clock(pace.remaining(total))} left")
+        progress.update(task, completed=done, total=total, left=left)
+        if progress.disable and 0 < done < total and time.monotonic() >= next_line:
+            next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            sys.stderr.write(f"{what} {done:,}/{total:,} {unit}  {left}\n")
         if done >= total:
             progress.stop()
 

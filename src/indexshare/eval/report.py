@@ -46,6 +46,7 @@ th,td{padding:7px 8px;border-bottom:1px solid var(--line);text-align:right;white
 th:first-child,td:first-child{text-align:left}th{font-weight:600;background:var(--soft)}tr.last td{font-weight:600}
 table.asked :is(td,th):nth-child(-n+3){text-align:left}table.asked td:nth-child(3){white-space:normal;width:60%}
 table.plain td{white-space:normal;text-align:left}table.plain td:first-child{color:var(--quiet);white-space:nowrap}
+table.figures th{white-space:normal;vertical-align:bottom}
 """
 
 

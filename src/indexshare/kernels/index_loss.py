@@ -19,7 +19,8 @@ from indexshare.kernels import ops
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.registry import operation
 
-CPU_TILE_NUMBERS = 2**19  # buffers that stay in a processor's cache: larger tiles are slower by a factor of two
+# Of a tile's buffers. Fewer read the keys of a long row again for every few tokens, more leave a processor's cache.
+CPU_TILE_NUMBERS = 2**21
 
 
 @operation
@@ -97,16 +98,24 @@ class _IndexerLoss(torch.autograd.Function):
 class _Tile:
     """A few asked tokens with all the keys that any of them may see.
 
-    place: which of the n. hidden: bool [t, S]. rows: int64 [t, S] in the pools, or the slice that all of them share.
-    keys [t, S, I] or [S, I], latents likewise, in the precision of the computation. group: heads at once.
+    place: which of the n. hidden: bool [t, S], False for the first `num_open` keys. rows: int64 in the pools, [t, S],
+    or the [S] that all of them share, as a slice where they are neighbours. keys [t, S, I] or [S, I], latents likewise,
+    in the precision of the computation. group: heads at once.
     """
 
     place: slice
     hidden: Tensor
-    rows: Tensor
+    num_open: int
+    rows: Tensor | slice
     keys: Tensor
     latents: Tensor
     group: int
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """Minus infinity for hidden keys, in place. scores [t, S] or [t, H, S]."""
+        hidden = self.hidden[:, self.num_open :]
+        scores[..., self.num_open :].masked_fill_(hidden if scores.dim() == 2 else hidden[:, None], float("-inf"))
+        return scores
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -141,16 +150,27 @@ def _tiles(
             if selection is None:
                 last_seen = layout.num_past(b) + some
                 visible = int(last_seen[-1]) + 1
-                rows = layout.rows(b)[:visible].to(query.device)
+                start, num_open = layout.sequence_starts[b], int(last_seen[0]) + 1
+                rows: Tensor | slice = slice(start, start + visible)
+                if layout.page_table is not None:
+                    rows = layout.rows(b)[:visible].to(query.device)
                 hidden = torch.arange(visible, device=query.device) > last_seen[:, None]
                 near, far = layout.keys(keys, b, 0, visible), layout.keys(latents, b, 0, visible)
             else:
-                chosen = selection[place]
+                chosen, num_open = selection[place], 0
                 hidden = chosen < 0
                 # Padding reads a row that is selected anyway: what lies elsewhere need not be a number.
                 rows = torch.where(hidden, chosen[:, :1], chosen).long()
                 near, far = keys[rows], latents[rows]
-            yield _Tile(place=place, hidden=hidden, rows=rows, keys=near.to(wide), latents=far.to(wide), group=group)
+            yield _Tile(
+                place=place,
+                hidden=hidden,
+                num_open=num_open,
+                rows=rows,
+                keys=near.to(wide),
+                latents=far.to(wide),
+                group=group,
+            )
         first += len(tokens)
 
 
@@ -159,8 +179,7 @@ def _target(tile: _Tile, attention_query: Tensor, scale: float) -> Tensor:
     query = attention_query[tile.place].to(tile.latents.dtype) * scale
     total = torch.zeros(tile.hidden.shape, dtype=query.dtype, device=query.device)
     for heads in query.split(tile.group, dim=1):
-        scores = (heads @ tile.latents.mT).masked_fill_(tile.hidden[:, None], float("-inf"))
-        total += scores.softmax(-1).sum(1)
+        total += tile.hide(heads @ tile.latents.mT).softmax(-1).sum(1)
     return total / query.shape[1]
 
 
@@ -174,7 +193,7 @@ def _scores(tile: _Tile, query: Tensor, weights: Tensor) -> Tensor:
     scores = torch.zeros(tile.hidden.shape, dtype=scaled.dtype, device=scaled.device)
     for heads, weight in zip(scaled.split(tile.group, dim=1), weights.split(tile.group, dim=1), strict=True):
         scores += (weight[:, None] @ (heads @ tile.keys.mT).relu_()).squeeze(1)
-    return scores.masked_fill_(tile.hidden, float("-inf"))
+    return tile.hide(scores)
 
 
 @torch.no_grad()
@@ -220,9 +239,13 @@ def _add_gradients(
         heads = slice(start, start + tile.group)
         products = (scaled[:, heads] @ tile.keys.mT).relu_()
         by_weights[tile.place, heads] = (products @ by_score[..., None]).squeeze(-1).to(by_weights.dtype)
-        by_product = (weights[:, heads, None] * by_score[:, None]).masked_fill_(products == 0, 0.0)
+        by_product = torch.ops.aten.threshold_backward(weights[:, heads, None] * by_score[:, None], products, 0.0)
         by_query[tile.place, heads] = (by_product @ tile.keys * query.shape[-1] ** -0.5).to(by_query.dtype)
         if tile.keys.dim() == 2:
-            by_keys.index_add_(0, tile.rows, by_product.flatten(0, 1).mT @ scaled[:, heads].flatten(0, 1))
+            by_key = by_product.flatten(0, 1).mT @ scaled[:, heads].flatten(0, 1)
         else:
-            by_keys.index_add_(0, tile.rows.flatten(), (by_product.mT @ scaled[:, heads]).flatten(0, 1))
+            by_key = (by_product.mT @ scaled[:, heads]).flatten(0, 1)
+        if isinstance(tile.rows, slice):
+            by_keys[tile.rows] += by_key
+        else:
+            by_keys.index_add_(0, tile.rows.flatten(), by_key)

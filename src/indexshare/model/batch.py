@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +76,14 @@ class Trace:
     selections: rows chosen by each full layer. In training also expert_counts: int64 [E], tokens sent to each expert,
     by layer, and index_losses: by layer, how far its attention is from the scores of the indexer whose choice it uses
     (`kernels/index_loss.py`, nats for each query), if the batch trains indexers.
+    watch_router: called with each router's module and input [T, D], when the layer runs again as well.
     kept_choices: with `recompute`, layers keep only their inputs and run again on the way back, with the rows that they
     chose the first time and put here, by layer.
     Not a dataclass: FSDP2 looks into those for tensors, and hands layers a copy.
     """
 
-    def __init__(self, *, recompute: bool = False) -> None:
+    def __init__(self, *, recompute: bool = False, watch_router: Callable[[Any, Tensor], None] | None = None) -> None:
+        self.watch_router = watch_router
         self.kept_choices: dict[int, Tensor] | None = {} if recompute else None
         self.selections: dict[int, Tensor | None] = {}
         self.expert_counts: dict[int, Tensor] = {}

@@ -348,6 +348,8 @@ class MixtureOfExperts(nn.Module):
             experts, gates = route_in_groups(x_TD, weight, bias, config)
         if batch.trace is not None:
             batch.trace.expert_counts[self.layer] = experts.flatten().bincount(minlength=config.n_routed_experts)
+            if batch.trace.watch_router is not None:
+                batch.trace.watch_router(self, x_TD)
         return self.experts(x_TD, experts, gates) + self.shared_experts(x_TD)
 
 

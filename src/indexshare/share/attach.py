@@ -37,6 +37,11 @@ def attach_indexers(
     config = model.config
     sizes = (config.index_n_heads, config.index_head_dim, config.index_topk)
     if not config.has_indexers:
+        if not config.rope_interleave:
+            raise ConfigError(
+                "rope_interleave is false, but other software reads a model with indexers as if it were true:"
+                " interleave the rotary rows of q_b_proj and kv_a_proj_with_mqa first"
+            )
         sizes = default_sizes(config)
     elif num_heads not in (None, sizes[0]) or head_dim not in (None, sizes[1]):
         raise ConfigError(
@@ -83,7 +88,7 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
     return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
 
-def uniform_pattern(config: GlmConfig, freq: int) -> str:
+def pattern_of_frequency(config: GlmConfig, freq: int) -> str:
     """Three full layers, then one in `freq`: GLM-5.2's own pattern with 4 (FFFSSSF...). Raises ConfigError."""
     if freq < 1:
         raise ConfigError(f"the frequency must be at least 1, not {freq}: one layer in so many runs its indexer")

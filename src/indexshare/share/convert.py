@@ -32,6 +32,7 @@ from indexshare.share.pictures import draw_overlap, draw_search
 from indexshare.share.report import write_report
 from indexshare.share.search import Method, PatternSearch, SearchResult, num_kept, uniform_pattern
 from indexshare.share.state import write_json
+from indexshare.train.distributed import require_one_process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ def convert_model(
     keep, num_blocks, method: of the search, over num_rows rows. sizes, schedule: as in `distill_model`. Raises
     ConfigError for options, TrainingError for data and for a run that was stopped, CheckpointError for the model.
     """
+    require_one_process("conversion")
     schedule = schedule or Schedule()
     if output.exists():
         raise ConfigError(f"{output} exists: name another directory")

@@ -29,9 +29,10 @@ from indexshare.errors import CheckpointError, ConfigError, TrainingError
 from indexshare.eval.progress import bar
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
-from indexshare.share.attach import attach_indexers, uniform_pattern
+from indexshare.share.attach import attach_indexers, pattern_of_frequency
 from indexshare.share.index_quality import IndexQuality, measure_indexers
 from indexshare.share.state import write_json
+from indexshare.train.distributed import require_one_process
 from indexshare.train.export import export_model
 from indexshare.train.loop import train
 from indexshare.train.phases import Phase, TrainRecipe
@@ -112,6 +113,7 @@ def distill_model(
     sources: as in `open_rows`. pattern, or freq for equal spacing. Raises ConfigError for options, TrainingError for
     data and for a run that was stopped (it says so), CheckpointError for the model.
     """
+    require_one_process("distillation")
     schedule = schedule or Schedule()
     if (pattern is None) == (freq is None):
         raise ConfigError("give either a pattern of F and S, one letter a layer, or a frequency")
@@ -127,7 +129,7 @@ def distill_model(
     given = load_model(source, dtype=torch.float32, device=target, quant="none")
     if pattern is None:
         assert freq is not None, "one of them was given"
-        pattern = uniform_pattern(given.config, freq)
+        pattern = pattern_of_frequency(given.config, freq)
     sizes = sizes or IndexSizes()
     student = attach_indexers(
         given, pattern, num_heads=sizes.num_heads, head_dim=sizes.head_dim, topk=sizes.topk, seed=schedule.seed
@@ -258,8 +260,8 @@ def _train(model: GlmForCausalLM, data: HeldOutRows, schedule: Schedule, length:
         )
         if result.step < recipe.num_steps:
             raise TrainingError(
-                f"stopped in the {recipe.name} at step {result.step:,} of {recipe.num_steps:,}, with a checkpoint in"
-                f" {run}: the same command goes on there"
+                f"stopped in the {recipe.name} stage at step {result.step:,} of {recipe.num_steps:,}, with a checkpoint"
+                f" in {run}: the same command goes on there"
             )
         first_step += recipe.num_steps
         num_tokens += result.num_tokens

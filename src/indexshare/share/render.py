@@ -48,4 +48,5 @@ def render_search(result: SearchResult) -> RenderableType:
         f"{result.num_runs:,} measurements of {result.num_rows:,} rows, {result.num_tokens:,} tokens: "
         f"{result.layer_tokens / result.plain_layer_tokens:.0%} of the work of measuring every candidate"
     )
+    lines.append(f"next: share distill --pattern {result.pattern} trains indexers for it")
     return Group(table, *lines)

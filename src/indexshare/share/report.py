@@ -76,7 +76,7 @@ def write_report(result: Conversion, pictures: Path, path: Path) -> None:
         f"Loss on the calibration rows: {search.start_loss:.4f} with all indexers, {search.loss:.4f} with the "
         "pattern found.</p>"
         f"{_picture(pictures / 'overlap.png', 'Keys that the layers choose in common, before')}"
-        f"<h2>What the indexers learned</h2>{html_table(LAYER_COLUMNS, layers, 'plain')}"
+        f"<h2>What the indexers learned</h2>{html_table(LAYER_COLUMNS, layers, 'layers')}"
         "<p class=quiet>KL: of a layer's attention against the scores of the indexer that it uses, in nats a query. "
         "Recall: attention on the keys that this indexer chooses, over attention on as many best keys. Both under "
         f"dense attention, on held-out rows. Trained for {steps.warmup_steps:,} steps of warm-up and "

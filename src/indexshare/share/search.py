@@ -95,7 +95,7 @@ class PatternSearch:
         *,
         keep: str,
         num_blocks: int = 1,
-        method: Method = "greedy",
+        method: Method = "lazy",
         directory: Path | None = None,
         memory_bytes: int = MEMORY_BYTES,
         progress: Progress | None = None,

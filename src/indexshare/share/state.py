@@ -1,7 +1,6 @@
 """The state of a pattern search as a file, so that a search survives being stopped."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from indexshare.data.shards import write_file
 from indexshare.errors import ConfigError
 
 
@@ -86,11 +86,6 @@ def other_search(path: Path) -> ConfigError:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a file whole or not at all: under another name, flushed to the disk, renamed. It may hold dataclasses."""
+    """Write JSON, in which dataclasses may be, as `write_file` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_file(path, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")

@@ -6,12 +6,8 @@ The router's bias balances experts over a batch; this keeps single sequences fro
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from indexshare.model.glm import MixtureOfExperts
@@ -37,25 +33,19 @@ def sequence_balance(scores: Tensor, sequence_starts: tuple[int, ...], num_chose
 
 
 class Balance:
-    """Context manager around forward passes of a packed batch: collects `sequence_balance` of every router.
+    """`Trace.watch_router` of a packed batch: collects `sequence_balance` of every router."""
 
-    Does nothing unless `wanted`. Of a layer that runs several times (steps of MTP) the first pass counts.
-    """
-
-    def __init__(self, model: nn.Module, sequence_starts: tuple[int, ...], *, wanted: bool) -> None:
-        found = [module for module in model.modules() if isinstance(module, MixtureOfExperts)] if wanted else []
-        self._modules = found
+    def __init__(self, sequence_starts: tuple[int, ...]) -> None:
         self._starts = sequence_starts
         self._losses: dict[int, Tensor] = {}
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Balance:
-        for module in self._modules:
-            self._stack.callback(module.register_forward_hook(self._add).remove)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stack.close()
+    def __call__(self, module: MixtureOfExperts, hidden: Tensor) -> None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = functional.linear(hidden.to(wide), module.gate.weight.to(wide))
+        scores = logits.sigmoid() if module.config.topk_method == "noaux_tc" else logits.softmax(-1)
+        # computed each time, too: a layer that runs again for its gradient has to repeat all of it
+        self._losses.setdefault(module.layer, sequence_balance(scores, self._starts, module.config.num_experts_per_tok))
 
     def loss(self) -> Tensor:
         """The sum over layers; on several ranks this rank's part of the mean over all of them."""
@@ -64,13 +54,3 @@ class Balance:
         total = torch.stack(list(self._losses.values())).sum()
         num_tokens = torch.tensor(float(self._starts[-1]), device=total.device)
         return total * (num_tokens / global_sum(num_tokens))
-
-    def _add(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, MixtureOfExperts)
-        hidden: Tensor = arguments[0]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = functional.linear(hidden.to(wide), module.gate.weight.to(wide))
-        scores = logits.sigmoid() if module.config.topk_method == "noaux_tc" else logits.softmax(-1)
-        # computed each time, too: a pass that is repeated for its gradient has to repeat all of it
-        self._losses.setdefault(module.layer, sequence_balance(scores, self._starts, module.config.num_experts_per_tok))

@@ -24,15 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from indexshare.data.shards import write_file
 from indexshare.errors import CheckpointError, TrainingError
-from indexshare.train.distributed import agree, is_main, num_ranks, rank, wait_for_all
+from indexshare.train.distributed import agree, num_ranks, rank, write_on_main
 from indexshare.train.optim import named_state, named_tensors
 from indexshare.train.sharded_checkpoint import file_digest, read_shards, stored_shapes, write_shards
 
 FORMAT_VERSION = 2
 NUM_KEPT = 2
 _INCOMPLETE = ".incomplete-"
-_DAMAGED = "damaged-"
+DAMAGED = "damaged-"
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -59,17 +60,9 @@ def save_checkpoint(
     parts = {"model.safetensors": model_tensors, "optimizer.safetensors": _optimizer_tensors(optimizers)}
     document = {"version": FORMAT_VERSION, "step": step, "random": _random_state(), **state}
     try:
-        if is_main():
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        wait_for_all()
+        write_on_main(_make_empty, work)
         digests = _write_parts(parts, work)
-        if is_main():
-            for name in digests:
-                _flush(work / name)
-            _write_state(work, {**document, "sha256": digests})
-            work.rename(target)
-            _flush(directory)
+        write_on_main(_complete, work, target, {**document, "sha256": digests})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
         size = sum(tensor.numel() * tensor.element_size() for tensors in parts.values() for tensor in tensors.values())
@@ -77,11 +70,23 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {directory} ({error}). It needs {size:,} bytes"
             f" beside the {NUM_KEPT} that are kept. Earlier checkpoints are as they were: make room and run again."
         ) from error
-    if is_main():
-        for outdated in list_checkpoints(directory)[:-NUM_KEPT]:
-            _remove(outdated)
-    wait_for_all()
     return target
+
+
+def _make_empty(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
+def _complete(work: Path, target: Path, document: Mapping[str, Any]) -> None:
+    """Give a checkpoint, whose tensors are written, its state and its name; then it counts, and the oldest goes."""
+    for name in document["sha256"]:
+        _flush(work / name)
+    _write_state(work, document)
+    work.rename(target)
+    _flush(target.parent)
+    for outdated in list_checkpoints(target.parent)[:-NUM_KEPT]:
+        _remove(outdated)
 
 
 def _write_parts(parts: Mapping[str, Mapping[str, Tensor]], work: Path) -> dict[str, str]:
@@ -111,7 +116,7 @@ def remove_incomplete(directory: Path) -> None:
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer one. It is kept for who wants to know what happened."""
-    target = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    target = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
     return checkpoint.rename(target)
 
@@ -145,20 +150,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def update_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
-    """Replace entries of a checkpoint's state, in one step as seen from outside. Raises TrainingError."""
-    document = {**read_state(checkpoint), **changes}
-    try:
-        _write_state(checkpoint, document)
-    except OSError as error:
-        raise TrainingError(f"{checkpoint} could not be written to ({error}). Make room and run again.") from error
+    """Replace entries of a checkpoint's state, in one step as seen from outside. Raises OSError."""
+    _write_state(checkpoint, {**read_state(checkpoint), **changes})
 
 
 def _write_state(directory: Path, document: Mapping[str, Any]) -> None:
-    temporary = directory / "state.json.tmp"
     text = json.dumps({**document, "checksum": _checksum(document)}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    _flush(temporary)
-    temporary.rename(directory / "state.json")
+    write_file(directory / "state.json", f"{text}\n".encode())
     _flush(directory)
 
 

@@ -12,7 +12,7 @@ Ranks lie in a mesh, the last dimension innermost, between the nearest neighbour
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -46,6 +46,12 @@ def process_group(device: torch.device) -> Generator[torch.device]:
         wait_for_all()  # nobody closes a connection that another still waits for
     finally:
         distributed.destroy_process_group()
+
+
+def require_one_process(what: str) -> None:
+    """Raises ConfigError when torchrun has started several: each would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{what} runs in one process: start it without torchrun")
 
 
 def num_ranks() -> int:
@@ -84,6 +90,18 @@ def agree(choices: tuple[Choice, ...], wanted: Choice) -> Choice:
 def wait_for_all() -> None:
     """Returns once every rank has come here."""
     agree((0,), 0)
+
+
+def write_on_main(write: Callable[..., object], *arguments: Any) -> None:
+    """Calls `write` in the main process while the others wait. An OSError there is one on all ranks."""
+    problem = None
+    if is_main():
+        try:
+            write(*arguments)
+        except OSError as error:
+            problem = error
+    if agree((False, True), problem is not None):
+        raise problem or OSError("the main process could not, and says why")
 
 
 def communication_device() -> torch.device:
@@ -147,11 +165,6 @@ class Mesh:
         """Which of these parts is this rank's."""
         return rank() // (self.cp * self.ep) * self.ep + rank() % self.ep
 
-    @property
-    def context_index(self) -> int:
-        """Which part of the tokens of its rows is this rank's."""
-        return rank() // self.ep % self.cp
-
     def rows_of(self, batch: Batch) -> Batch:
         """This rank's rows of a batch that is the same on all ranks. Raises ConfigError when they do not come out even.
 
@@ -159,7 +172,10 @@ class Mesh:
         """
         num_rows, length = batch.token_ids.shape
         if num_rows % self.num_batches:
-            raise ConfigError(f"a batch of {num_rows} rows does not divide among {self.num_batches} (dp x ep) ranks")
+            raise ConfigError(
+                f"a batch of {num_rows} rows does not divide among {self.num_batches} ranks (dp x ep): set batch_size"
+                f" to a multiple of {self.num_batches} in every phase of the recipe, or start fewer processes"
+            )
         if self.num_batches == 1:
             return batch
         share = num_rows // self.num_batches
@@ -175,7 +191,10 @@ class Mesh:
 
 
 def over_all_ranks(losses: Any) -> Any:
-    """A step's losses (`Losses`, a dataclass), each rank's its part of means: their sums, without gradient."""
+    """A step's losses (`Losses`, a dataclass), each rank's its part of means: their sums, without gradient.
+
+    Acceptance is the mean over the ranks, which all watch about as many tokens.
+    """
     if num_ranks() == 1:
         return losses
     scalars = (losses.total, losses.lm, losses.mtp, losses.index_kl)
@@ -184,6 +203,7 @@ def over_all_ranks(losses: Any) -> Any:
         losses,
         **dict(zip(("total", "lm", "mtp", "index_kl"), sums.unbind(), strict=True)),
         num_tokens=int(global_sum(torch.tensor(losses.num_tokens, device=sums.device))),
+        mtp_acceptance=global_sum(losses.mtp_acceptance) / num_ranks(),
         expert_counts={layer: global_sum(counts) for layer, counts in losses.expert_counts.items()},
         metrics={
             name: float(global_sum(torch.tensor(value, device=sums.device))) for name, value in losses.metrics.items()

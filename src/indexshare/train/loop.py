@@ -278,4 +278,5 @@ def _warn_once(state: State, readings: Mapping[str, Any]) -> None:
     for name, message in beyond_limits(readings).items():
         if name not in state.warned:
             state.warned.append(name)
-            warnings.warn(f"step {state.step}: {message}", stacklevel=4)
+            if is_main():
+                warnings.warn(f"step {state.step}: {message}", stacklevel=4)

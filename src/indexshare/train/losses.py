@@ -80,11 +80,10 @@ def step_loss(
     if trains == "mtp" and (mtp_weight <= 0.0 or model.mtp_stack is None):
         raise ConfigError("a phase that trains the MTP layer needs a model that has one, and mtp_loss_weight above 0")
     if balance_weight > 0.0 and context is not None:
-        raise ConfigError("balance_loss_weight needs whole sequences on each rank: set it to 0, or train with cp = 1")
-    balance = Balance(model, segment_starts, wanted=balance_weight > 0.0 and trains != "indexer")
-    if context is not None and balance_weight > 0.0:
-        raise ConfigError("balance_loss_weight looks at whole sequences: set it to 0, or train with cp 1")
-    trace = Trace(recompute=recompute)
+        raise ConfigError("balance_loss_weight looks at whole sequences: set it to 0, or train with cp = 1")
+    balance = Balance(segment_starts)
+    wants_balance = balance_weight > 0.0 and trains != "indexer"
+    trace = Trace(recompute=recompute, watch_router=balance if wants_balance else None)
     wants_index = trains != "model" and not (trains == "mtp" and index_weight == 0.0)
     queries = _index_queries(segment_starts, loss_weights, index_stride) if wants_index else None
     batch = ForwardBatch(
@@ -101,22 +100,21 @@ def step_loss(
     if context is not None:
         mine, here = context.part(batch), context.tokens(len(token_ids))
     num_tokens = int((targets[here] != IGNORED).sum())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trains != "mtp"), balance:
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains != "mtp"):
         hidden = model(mine)
     lm, mtp = zero, MtpLoss(loss=zero, acceptance=zero.new_zeros(0))
     if trains not in ("indexer", "mtp"):
         lm = _cross_entropy(model, hidden, targets[here], loss_weights[here])
     if mtp_weight > 0.0 or (trains == "indexer" and model.mtp_stack is not None):
-        with balance:
-            mtp = mtp_loss(
-                model,
-                hidden if context is None else context.gather(hidden),  # each rank all of it: one layer of many
-                targets,
-                loss_weights,
-                replace(batch, index_queries=queries, trace=trace),
-                num_steps=1 if trains == "indexer" else mtp_num_steps,
-                objective=mtp_objective,
-            )
+        mtp = mtp_loss(
+            model,
+            hidden if context is None else context.gather(hidden),  # each rank all of it: one layer of many
+            targets,
+            loss_weights,
+            replace(batch, index_queries=queries, trace=trace),
+            num_steps=1 if trains == "indexer" else mtp_num_steps,
+            objective=mtp_objective,
+        )
     kl = zero
     if trace.index_losses:
         kl = index_loss(model.config, _shares_of_means(model.config, trace.index_losses, mine.index_queries, queries))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from indexshare.data.shards import write_file
 from indexshare.errors import TrainingError
 
-SECONDS_BETWEEN_LINES = 60.0
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 60.0
 
 
 class StopSignals:
@@ -52,7 +53,10 @@ class StopSignals:
 
 
 class Monitor:
-    """Context manager that writes log lines and shows progress on stderr: a bar on a terminal, else a line a minute."""
+    """Context manager that writes log lines and shows progress on stderr: a bar on a terminal, else lines.
+
+    The first line comes early, so that one sees at once how long it will take; then there is one each minute.
+    """
 
     def __init__(self, log_path: Path, num_steps: int, first_step: int, progress: bool) -> None:
         self._path = log_path
@@ -60,7 +64,8 @@ class Monitor:
         self._num_steps = num_steps
         self._first_step = first_step
         self._progress = progress
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
+        self._next_line = self._started + SECONDS_TO_FIRST_LINE
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -100,11 +105,11 @@ class Monitor:
         status = f"loss {shown:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, description=record["phase"], completed=step, status=status)
         now = time.monotonic()
-        if self._progress and self._bar.disable and now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
+        if self._progress and self._bar.disable and now >= self._next_line and step < self._num_steps:
+            self._next_line = now + SECONDS_BETWEEN_LINES
             remaining = (now - self._started) / (step - self._first_step) * (self._num_steps - step)
             place = f"{record['phase']} step {step}/{self._num_steps}"
-            sys.stderr.write(f"{place}  {status}  {remaining / 60:.0f} min left\n")
+            sys.stderr.write(f"{place}  {status}  {timedelta(seconds=round(remaining))} left\n")
 
     def rewind(self, step: int) -> None:
         """Go on from an earlier step; `keep_log_until` has replaced the log."""
@@ -133,6 +138,4 @@ def keep_log_until(path: Path, step: int) -> None:
             is_kept = False
         if is_kept:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, "".join(kept).encode())

@@ -22,7 +22,7 @@ from indexshare.train.optim import is_muon
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 FP32 = 4
 
 
@@ -234,29 +234,31 @@ def render(plan: TrainPlan) -> RenderableType:
     from rich.table import Table
 
     mesh = plan.mesh
-    title = f"{plan.model} on {mesh.num_ranks:,} devices: dp {mesh.dp} x cp {mesh.cp} x ep {mesh.ep}"
+    unit, divisor = ("GiB", GIB) if plan.needed_bytes >= GIB else ("MiB", MIB)
+    devices = "1 device" if mesh.num_ranks == 1 else f"{mesh.num_ranks:,} devices"
+    title = f"{plan.model} on {devices}: dp {mesh.dp} x cp {mesh.cp} x ep {mesh.ep}"
     memory = Table(title=f"{title}; memory of each", title_justify="left")
     memory.add_column("what")
-    memory.add_column("GiB", justify="right")
+    memory.add_column(unit, justify="right")
     for name, size in plan.memory.items():
-        memory.add_row(name, f"{size / GIB:,.2f}")
+        memory.add_row(name, f"{size / divisor:,.2f}")
     memory.add_section()
-    memory.add_row("in all", f"{plan.needed_bytes / GIB:,.2f}")
+    memory.add_row("in all", f"{plan.needed_bytes / divisor:,.2f}")
     volumes = Table(title="sent by each in a step", title_justify="left")
-    for column in ("collective", "ranks", "GiB", "seconds"):
+    for column in ("collective", "ranks", unit, "seconds"):
         volumes.add_column(column, justify="left" if column == "collective" else "right")
     for volume in plan.volumes:
         if volume.ranks > 1:
-            size = f"{volume.sent_bytes / GIB:,.2f}"
+            size = f"{volume.sent_bytes / divisor:,.2f}"
             volumes.add_row(volume.name, f"{volume.ranks:,}", size, f"{volume.seconds:.3f}")
     seconds = sum(volume.seconds for volume in plan.volumes)
     verdict = "fits" if plan.fits else "does not fit: more devices, a shorter batch, or more ep and cp"
     return Group(
         memory,
-        volumes,
+        *([volumes] if mesh.num_ranks > 1 else []),
         f"verdict: {verdict}",
         f"a step: {plan.tokens_per_step:,} tokens, {plan.rows} x {plan.length:,} for each group of cp;"
         f" {plan.compute_seconds:.2f} s of compute, {seconds:.2f} s of communication, which may overlap",
         f"assumed: {plan.cluster.description}, of which {plan.cluster.utilisation:.0%} is reached",
-        "assumed: layers are computed again on the way back (the loop does not do that yet); activations are estimates",
+        "assumed: layers are computed again on the way back (recompute = true in a phase); activations are estimates",
     )

@@ -93,8 +93,8 @@ def nano() -> TrainRecipe:
 
 
 def nano_long() -> TrainRecipe:
-    """The second stage of the shipped model: more tool calls, then rows of 65,536 and 131,072 tokens, most of them one
-    document."""
+    """The second stage of the shipped model: tool calls, rows of 65,536 and 131,072 tokens, most of them
+    one document, and an end on shorter rows, with falling rates."""
     short = Phase(
         name="tools",
         num_steps=250,
@@ -119,6 +119,7 @@ def nano_long() -> TrainRecipe:
         index_stride=256,
         index_target="visible",
         recompute=True,
+        learning_rate_scale=2.0,
         data={"min_document": 49_152},
     )
     return TrainRecipe(
@@ -135,12 +136,22 @@ def nano_long() -> TrainRecipe:
                 index_stride=512,
                 data={"min_document": 98_304},
             ),
+            replace(
+                short,
+                name="end",
+                num_steps=120,
+                sequence_length=8192,
+                batch_size=1,
+                index_stride=32,
+                learning_rate_scale=1.0,
+                data={"code": 0.6, "retrieval": 0.25, "repeats": 0.0},
+            ),
         ),
         seed=2027,
         learning_rate_muon=8e-4,
         learning_rate_adamw=5e-4,
         warmup_steps=20,
-        min_lr_ratio=0.5,
+        min_lr_ratio=0.02,
         bias_update_rate=0.002,
         precision="bf16",
         checkpoint_every=5,
@@ -238,6 +249,7 @@ def phase_loss(recipe: TrainRecipe, context: ContextShare | None = None) -> Call
     def losses(model: nn.Module, batch: Batch, phase: Phase) -> Losses:
         assert isinstance(model, GlmForCausalLM)
         device = next(model.parameters()).device
+        batch = batch.without_padding() if context is None else batch  # ranks have to divide it evenly
         token_ids, targets, positions, weights = (
             torch.from_numpy(array).flatten().to(device)
             for array in (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)

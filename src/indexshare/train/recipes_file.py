@@ -17,12 +17,12 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from indexshare.chat.tokenizer import Tokenizer
-from indexshare.engine.resolve import PACKAGED, resolve_config, resolve_model
+from indexshare.engine.resolve import PACKAGED, resolve_config, resolve_model, resolve_tokenizer
 from indexshare.errors import ConfigError
 from indexshare.model import recipes as model_recipes
 from indexshare.model.config import GlmConfig
@@ -39,11 +39,11 @@ class PretrainOptions:
 
 
 KINDS: dict[str, type] = {"pretrain": PretrainOptions, "sft": SftOptions, "rl": RlOptions}
-# What TrainRecipe leaves open and a file may leave out.
-_DEFAULTS = {"seed": 0, "warmup_steps": 0}
+# What a file may leave out. Muon Split as in GLM-5; docs/experiments.md has what it did for a small model.
+_DEFAULTS = {"seed": 0, "warmup_steps": 0, "muon_split": True}
 _OWN_KEYS = {"kind": str, "model": str, "tokenizer": str, "config": dict[str, Any]}
 _PHASE_KINDS: dict[str, dict[str, Any]] = {
-    "pretrain": {"index_loss_weight": 1.0},
+    "pretrain": {"index_loss_weight": 1.0, "balance_loss_weight": 1e-4},  # the latter of GLM-4.5 and DeepSeek-V3
     "sft": {"index_loss_weight": 1.0},
     "rl": {"trains": "model"},  # the indexer is frozen, so that the choice of keys does not run away from the sampler's
 }
@@ -102,14 +102,19 @@ def _start(values: Mapping[str, Any], path: Path) -> str:
 
 
 def _fresh_config(values: Mapping[str, Any], tokenizer: str, path: Path) -> GlmConfig:
-    """A recipe of `model.recipes` with the file's changes. What ends a text comes with the tokenizer."""
+    """A recipe of `model.recipes` with the file's changes."""
     config = model_recipes.RECIPES[values["model"]](**values.get("config", {}))
-    texts = Tokenizer.from_directory(resolve_model(tokenizer))
+    texts = Tokenizer.from_directory(resolve_tokenizer(tokenizer))
     if texts.vocab_size > config.vocab_size:
         raise ConfigError(
             f"{path}: the tokenizer has {texts.vocab_size:,} ids, the model {config.vocab_size:,}: "
             f"set config = {{ vocab_size = {texts.vocab_size} }}, or take another tokenizer"
         )
+    return with_ends(config, texts)
+
+
+def with_ends(config: GlmConfig, texts: Tokenizer) -> GlmConfig:
+    """The configuration of a model from scratch with what ends a text, which comes with the tokenizer."""
     return dataclasses.replace(config, eos_token_id=texts.stop_ids, pad_token_id=texts.control_id("<|endoftext|>"))
 
 
@@ -161,7 +166,8 @@ def _convert(table: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> 
         try:
             values[key] = msgspec.convert(value, hints[key])
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{where}: {key}: {error}") from error
+            choices = f"; there are {', '.join(get_args(hints[key]))}" if get_origin(hints[key]) is Literal else ""
+            raise ConfigError(f"{where}: {key}: {error}{choices}") from error
     return values
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from indexshare.chat.template import ChatTemplate
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.data.rows import Batch, open_rows
-from indexshare.engine.resolve import resolve_model
+from indexshare.engine.resolve import resolve_tokenizer
 from indexshare.errors import ConfigError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
@@ -45,7 +45,7 @@ class Texts:
 
 def read_texts(recipe: TrainRecipe) -> Texts:
     """Raises ConfigError when the tokenizer has ids that the model does not have."""
-    directory = resolve_model(str(recipe.data["tokenizer"]))
+    directory = resolve_tokenizer(str(recipe.data["tokenizer"]))
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise ConfigError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from indexshare.errors import CheckpointError, ConfigError, TrainingError
 from indexshare.train.checkpoint import (
+    DAMAGED,
     DamagedCheckpointError,
     drop_checkpoints_after,
     list_checkpoints,
@@ -25,7 +26,7 @@ from indexshare.train.checkpoint import (
     set_aside,
     update_state,
 )
-from indexshare.train.distributed import is_main, wait_for_all
+from indexshare.train.distributed import is_main, wait_for_all, write_on_main
 from indexshare.train.health import MAX_ROLLBACKS, Fault, spike_limit
 from indexshare.train.monitor import keep_log_until
 from indexshare.train.phases import Phase, TrainRecipe
@@ -96,15 +97,13 @@ class State:
 
 def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State:
     """The state to go on from, with model and optimizers brought there. Errors and warnings as `loop.train` says."""
-    if is_main():
-        remove_incomplete(run.checkpoints)
-    wait_for_all()
+    _write(run, remove_incomplete, run.checkpoints)
     found = list_checkpoints(run.checkpoints)
     if found and not resume:
         raise TrainingError(f"{run.output} holds a run already. Resume it, or name another output directory.")
     if not found:
         torch.manual_seed(run.recipe.seed)
-        _keep_log_until(run, 0)
+        _write(run, keep_log_until, run.log, 0)
         state = State()
         save(run, state)  # what a fault in the first steps goes back to; and a full disk shows now, not hours later
         return state
@@ -119,14 +118,14 @@ def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State
                 )
             state = _restore(run, checkpoint)
         except DamagedCheckpointError as error:
+            _write(run, set_aside, checkpoint)
             if is_main():
-                warnings.warn(f"{error} It is {set_aside(checkpoint)} now; the one before is used.", stacklevel=3)
-            wait_for_all()
+                warnings.warn(f"{error} It is {DAMAGED}{checkpoint.name} now; the one before is used.", stacklevel=3)
             continue
         if changed:  # what was left out may work now
             state.skipped = {step: why for step, why in state.skipped.items() if int(step) < state.step}
             state.rollbacks = 0
-        _keep_log_until(run, state.step)
+        _write(run, keep_log_until, run.log, state.step)
         return state
     raise CheckpointError(f"no checkpoint in {run.checkpoints} is intact. Train in another output directory.")
 
@@ -146,32 +145,30 @@ def roll_back(run: Run, state: State, fault: Fault) -> State:
         raise _failure(fault.reason, run, state)
     earlier = [path for path in found if read_state(path)["step"] <= fault.steps.start]
     checkpoint = (earlier or found[:1])[-1]
-    wait_for_all()
-    if is_main():
-        drop_checkpoints_after(checkpoint)
-    wait_for_all()
+    wait_for_all()  # nobody looks for checkpoints any more
+    _write(run, drop_checkpoints_after, checkpoint)
     restored = _restore(run, checkpoint)
     restored.skipped = state.skipped | {str(step): fault.reason for step in fault.steps}
     restored.rollbacks = state.rollbacks + 1
-    if is_main():
-        update_state(checkpoint, {"skipped": restored.skipped, "rollbacks": restored.rollbacks})
-    _keep_log_until(run, restored.step)
+    _write(run, update_state, checkpoint, {"skipped": restored.skipped, "rollbacks": restored.rollbacks})
+    _write(run, keep_log_until, run.log, restored.step)
     first, last = fault.steps.start + 1, fault.steps.stop
     steps = f"step {last} is" if first == last else f"steps {first} to {last} are"
-    if not is_main():
-        return restored
-    warnings.warn(
-        f"step {state.step + 1}: {fault.reason}. Back to {checkpoint}; {steps} left out"
-        f" (rollback {restored.rollbacks} of {MAX_ROLLBACKS} without a new checkpoint).",
-        stacklevel=3,
-    )
+    if is_main():
+        warnings.warn(
+            f"step {state.step + 1}: {fault.reason}. Back to {checkpoint}; {steps} left out"
+            f" (rollback {restored.rollbacks} of {MAX_ROLLBACKS} without a new checkpoint).",
+            stacklevel=3,
+        )
     return restored
 
 
-def _keep_log_until(run: Run, step: int) -> None:
-    if is_main():
-        keep_log_until(run.log, step)
-    wait_for_all()
+def _write(run: Run, write: Callable[..., object], *arguments: Any) -> None:
+    """As `write_on_main`. Raises TrainingError on all ranks."""
+    try:
+        write_on_main(write, *arguments)
+    except OSError as error:
+        raise TrainingError(f"{run.output} could not be written to ({error}). Make room and run again.") from error
 
 
 def is_calm(state: State) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from indexshare.train.distributed import communication_device, num_ranks, rank
@@ -27,8 +27,15 @@ def file_digest(path: Path) -> str:
 
 
 def write_shards(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
-    """Write tensors, of which each rank holds shards or the same copy; all ranks together. -> SHA-256 of each file."""
-    checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    """Write tensors, of which each rank holds shards or the same copy; all ranks together. -> SHA-256 of each file.
+
+    Raises OSError on all ranks when one cannot write.
+    """
+    try:
+        checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    except CheckpointException as error:  # on all ranks, whichever it was
+        reasons = {str(failure[0]) for failure in error.failures.values()}
+        raise OSError("; ".join(sorted(reasons))) from error
     paths = sorted(directory.glob("*.safetensors"))
     # each rank reads some of the files; their digests meet in a sum
     digests = torch.zeros(len(paths), 32, dtype=torch.uint8)
