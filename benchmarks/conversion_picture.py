@@ -57,6 +57,7 @@ def draw(curves: dict[str, list[tuple[str, float]]], path: Path) -> None:
         costs = [value for _, value in curve]
         axes.plot(kept, costs, marker="o", color=color, label=name)
         axes.annotate(curve[-2][0], (kept[-2], costs[-2]), place, textcoords="offset points", color=color)
+    axes.margins(y=0.12)  # room for the patterns
     axes.invert_xaxis()
     axes.set(xlabel="indexers that are left, of 8", ylabel="loss above all indexers, nats a token")
     axes.set_title(f"nano, top {TOPK} of up to 512 keys, without training", fontsize=10)
