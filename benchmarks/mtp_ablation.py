@@ -195,7 +195,7 @@ def trained(run: str, output: Path, data: Path, steps: int, rate: float) -> Path
         parameter.requires_grad_(not name.endswith("e_score_correction_bias"))
     # All phases take the batches of one seed: the second phase of `tv` those that `multi` sees at these steps.
     batches = phase_batches(recipe_of("single", steps, rate), data)
-    result = train(recipe, output / run, model=model, batches=batches, step_loss=phase_loss(recipe))
+    result = train(recipe, output / run, model=model, batches=batches, step_loss=phase_loss())
     if result.stopped != "finished":
         raise SystemExit(f"{run} stopped at step {result.step}: start again to go on")
     print(f"{run}: {result.step} steps in {result.seconds:.0f} s")

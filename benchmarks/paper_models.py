@@ -205,7 +205,7 @@ def distill(plan: Plan, seed: int, directory: Path, name: str, pattern: str, *, 
                 run / recipe.name,
                 model=student,
                 batches=recipes.phase_batches(recipe, base / "data"),
-                step_loss=recipes.phase_loss(recipe),
+                step_loss=recipes.phase_loss(),
             )
         _check_finished(result.step, recipe)
         seconds, lm_loss = seconds + result.seconds, result.lm_loss

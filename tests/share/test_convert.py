@@ -79,6 +79,8 @@ def test_what_was_stopped_goes_on(source: Path, texts: Path, tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             convert_model(str(source), [texts], tmp_path / "out", keep="1/3", num_rows=2, schedule=SHORT)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="begun with other values of keep, rows"):
+        convert_model(str(source), [texts], tmp_path / "out", keep="1/2", num_rows=3, schedule=SHORT)
     monkeypatch.setattr(convert, "distill_model", stop)
     monkeypatch.setattr(convert, "measure_overlap", stop)
     resumed = convert_model(str(source), [texts], tmp_path / "out", keep="1/3", num_rows=2, schedule=SHORT)

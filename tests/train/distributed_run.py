@@ -23,12 +23,14 @@ from indexshare.data.rows import IGNORED, Batch
 from indexshare.errors import TrainingError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
-from indexshare.train import checkpoint, losses, parallel
+from indexshare.train import checkpoint, parallel
 from indexshare.train import run as loop_state
 from indexshare.train.distributed import Mesh, process_group, rank
 from indexshare.train.loop import train
+from indexshare.train.losses import Losses
 from indexshare.train.parallel import context_share
 from indexshare.train.phases import Phase, TrainRecipe
+from indexshare.train.recipes import phase_loss
 
 LENGTH, ROWS = 32, 4
 # Function of torch.distributed -> collective, and which of its tensors is the whole. Newer versions have new names.
@@ -146,7 +148,7 @@ def run(job: dict[str, Any]) -> None:
     """Train as the job says: output, num_steps, and optionally cp, ep, max_steps, signal (step, on the last rank),
     nan (step, on the first rank), count, refused (what a full disk does not take, see `full_disk`)."""
     mesh = Mesh.over_all(cp=job.get("cp", 1), ep=job.get("ep", 1))
-    context = context_share(mesh, "cpu")
+    loss = phase_loss(context_share(mesh, "cpu"))
     model = GlmForCausalLM(CONFIG)
     model.init_weights(7)
 
@@ -160,26 +162,8 @@ def run(job: dict[str, Any]) -> None:
             bad_batch["token_ids"] = batch.token_ids
         return batch
 
-    def step_loss(model: nn.Module, batch: Batch, phase: Phase) -> losses.Losses:
-        assert isinstance(model, GlmForCausalLM)
-        arrays = (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
-        token_ids, targets, positions, weights = (torch.from_numpy(array).flatten() for array in arrays)
-        found = losses.step_loss(
-            model,
-            token_ids,
-            targets,
-            positions,
-            weights,
-            batch.segment_starts,
-            attention=phase.attention,
-            trains=phase.trains,
-            mtp_weight=phase.mtp_loss_weight,
-            mtp_num_steps=phase.mtp_num_steps,
-            index_weight=phase.index_loss_weight,
-            index_stride=phase.index_stride,
-            index_target=phase.index_target,
-            context=context,
-        )
+    def step_loss(model: nn.Module, batch: Batch, phase: Phase) -> Losses:
+        found = loss(model, batch, phase)
         is_bad = job.get("nan") is not None and batch.token_ids is bad_batch.get("token_ids")
         return replace(found, total=found.total * torch.nan) if is_bad else found
 

@@ -343,7 +343,7 @@ def test_a_run_that_trains_the_mtp_layer_changes_nothing_else_and_logs_its_accep
         },
         segment_starts=STARTS,
     )
-    train(recipe, tmp_path, model=built, batches=lambda _: batch, step_loss=phase_loss(recipe), progress=False)
+    train(recipe, tmp_path, model=built, batches=lambda _: batch, step_loss=phase_loss(), progress=False)
     changed = {name for name, tensor in named_tensors(built) if not torch.equal(tensor, before[name])}
     assert changed and all(name.startswith(MTP_LAYER) for name in changed)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -23,7 +23,6 @@ from indexshare.engine.resolve import packaged_model
 from indexshare.errors import TrainingError
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
-from indexshare.train import recipes
 from indexshare.train.losses import step_loss
 from indexshare.train.phases import Phase
 from indexshare.train.recipes import phase_loss, run
@@ -224,7 +223,7 @@ def test_padding_is_no_work_for_experts_and_trains_no_indexer() -> None:
     model = GlmForCausalLM(tiny(vocab_size=4096))
     model.init_weights(0)
     phase = Phase(name="sft", num_steps=1, attention="sparse", sequence_length=64, batch_size=3)
-    losses = phase_loss(recipes.tiny())(model, packed, phase)
+    losses = phase_loss()(model, packed, phase)
     assert all(int(counts.sum()) == 2 * plain.token_ids.size for counts in losses.expert_counts.values())
 
 

@@ -7,6 +7,7 @@ OUTPUT-run/model          its indexers trained for the layers they serve        
 OUTPUT                    that model, with report.html and report.json
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +84,19 @@ def convert_model(
         raise ConfigError(f"{output} exists: name another directory")
     run = Path(f"{output}-run")
     source = resolve_model(model)
+    _begin_or_go_on(
+        run,
+        {
+            "model": os.fspath(source.resolve()),
+            "sources": [os.path.abspath(path) for path in sources],
+            "keep": keep,
+            "blocks": num_blocks,
+            "method": method,
+            "rows": num_rows,
+            "sizes": msgspec.to_builtins(sizes),
+            "schedule": msgspec.to_builtins(schedule),
+        },
+    )
     full = _with_indexers(model, source, sources, run, keep=keep, sizes=sizes, schedule=schedule, device=device)
     length = schedule.length or 4 * GlmConfig.from_json(full).index_topk
     schedule = replace(schedule, length=length)
@@ -123,6 +137,19 @@ def convert_model(
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror}; the same command tries again") from error
     return result
+
+
+def _begin_or_go_on(run: Path, wanted: dict[str, object]) -> None:
+    """Note what is asked for; a run that was begun for something else is refused, so that no step of it is used."""
+    path = run / "convert.json"
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    begun = json.loads(path.read_bytes())
+    if changed := sorted(key for key in wanted if begun.get(key) != wanted[key]):
+        raise ConfigError(
+            f"{run} was begun with other values of {', '.join(changed)}: remove it, or name another output directory"
+        )
 
 
 def _with_indexers(

@@ -255,7 +255,7 @@ def _train(model: GlmForCausalLM, data: HeldOutRows, schedule: Schedule, length:
             run / recipe.name,
             model=model,
             batches=_batches(data, first_step, schedule.batch_size),
-            step_loss=phase_loss(recipe),
+            step_loss=phase_loss(),
             progress=not _is_finished(run, recipe),
         )
         if result.step < recipe.num_steps:

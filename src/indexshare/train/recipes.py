@@ -243,7 +243,7 @@ def phase_batches(recipe: TrainRecipe, data_directory: Path) -> Callable[[int], 
     return batches
 
 
-def phase_loss(recipe: TrainRecipe, context: ContextShare | None = None) -> Callable[[nn.Module, Batch, Phase], Losses]:
+def phase_loss(context: ContextShare | None = None) -> Callable[[nn.Module, Batch, Phase], Losses]:
     """step_loss(model, batch, phase) as the loop wants it; context: the ranks that divide the tokens of a batch."""
 
     def losses(model: nn.Module, batch: Batch, phase: Phase) -> Losses:
@@ -349,7 +349,7 @@ def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directo
     return _Job(
         model=model.to(device),
         batches=_share_of(phase_batches(recipe, directory), mesh),
-        step_loss=phase_loss(recipe, context_share(mesh, torch.device(device).type)),
+        step_loss=phase_loss(context_share(mesh, torch.device(device).type)),
         tokenizer_directory=directory,
     )
 
@@ -369,7 +369,7 @@ def _own_job(recipe: TrainRecipe, output: Path, device: str, mesh: Mesh) -> _Job
     return _Job(
         model=model,
         batches=_share_of(row_batches(recipe, texts), mesh),
-        step_loss=phase_loss(recipe, context_share(mesh, torch.device(device).type)),
+        step_loss=phase_loss(context_share(mesh, torch.device(device).type)),
         tokenizer_directory=texts.directory,
     )
 
