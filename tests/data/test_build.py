@@ -1,5 +1,6 @@
 """`data build`: what is dropped and why, the same bytes however it ran, nothing shared between the sides."""
 
+import gzip
 import itertools
 import json
 import os
@@ -9,19 +10,22 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from data.corpus import code, hash_of, prose
+from data.corpus import MIT, code, hash_of, prose
 
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.data import build as building
-from indexshare.data import plan
+from indexshare.data import plan, stages
 from indexshare.data.build import BuildOptions, build
 from indexshare.data.report import BuildReport, render, to_html
 from indexshare.data.rows import open_rows
@@ -113,7 +117,6 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 
 def noting(seen: list[tuple[str, int]], stop_at: tuple[str, int] | None = None) -> building.Progress:
     """A progress that notes (stage, done), and raises when it comes to `stop_at`."""
-    from contextlib import contextmanager
 
     @contextmanager
     def progress(what: str, unit: str) -> Any:
@@ -131,7 +134,7 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from indexshare.data import plan
+from indexshare.data import plan, stages
 from indexshare.data.build import BuildOptions, build
 from indexshare.engine.resolve import packaged_model
 
@@ -336,23 +339,177 @@ def test_wrong_options_are_named(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds other files, such as train"):
         build(options(corpus, tmp_path / "mine"))
     (tmp_path / "tiny.txt").write_text("two words")
+    seen: list[tuple[str, int]] = []
     with pytest.raises(TrainingError, match="no text in --against"):
-        build(options(corpus, tmp_path / "out", against=(str(tmp_path / "tiny.txt"),)))
+        build(options(corpus, tmp_path / "out", against=(str(tmp_path / "tiny.txt"),)), progress=noting(seen))
+    assert seen == [("against", 1)]  # before anything that takes long
 
 
-def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     monkeypatch.setattr(plan, "PART_BYTES", 32 * 1024)
 
-    def peak(num_documents: int) -> int:
-        folder = tmp_path / str(num_documents)
-        folder.mkdir()
-        lines = (json.dumps({"text": prose(number, 500)}) + "\n" for number in range(num_documents))
-        (folder / "a.jsonl").write_text("".join(lines))
-        tracemalloc.start()
-        build(options(folder, tmp_path / f"out{num_documents}", held_out=0))
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most
+    def peaks(name: str, num_documents: int) -> dict[str, int]:
+        """Of each stage, beyond what it found."""
+        (tmp_path / name).mkdir()
+        write_texts(tmp_path / name / f"a.{suffix}", (prose(number, 500) for number in range(num_documents)))
+        found: dict[str, int] = {}
 
-    small, large = peak(20), peak(80)
-    assert large < small + 60 * 1500, "a document may cost its signature, not its text"
+        @contextmanager
+        def progress(what: str, unit: str) -> Generator[Callable[[int, int], None]]:
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            yield lambda done, total: None
+            found[what] = tracemalloc.get_traced_memory()[1] - before
+
+        tracemalloc.start()
+        build(options(tmp_path / name, tmp_path / f"{name}-out", held_out=0), progress=progress)
+        tracemalloc.stop()
+        return found
+
+    peaks("first", 4)  # what stays in memory from then on, such as the tokenizer
+    small, large = peaks("small", 20), peaks("large", 80)
+    assert {"read", "compare", "tokens", "write train"} <= set(small) == set(large)
+    for stage in small:
+        assert large[stage] < small[stage] + 60 * 1500, "a document may cost its signature, not its text"
+
+
+def write_texts(file: Path, texts: Iterable[str]) -> None:
+    """One file that holds the texts, by its suffix."""
+    if file.suffix == ".parquet":
+        pq.write_table(pa.table({"text": list(texts)}), file)
+        return
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+def test_a_file_that_cannot_be_cut_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "PART_BYTES", 8192)
+    tokens: dict[str, bytes] = {}
+    for suffix in ("jsonl", "jsonl.gz", "parquet"):
+        file, output, seen = tmp_path / f"a.{suffix}", tmp_path / suffix, []
+        write_texts(file, (*map(prose, range(40)), "short", prose(3), prose(7)))
+        report = build(options(file, output, near_duplicates=1, held_out=0.3), progress=noting(seen))
+        most = {stage: max(done for what, done in seen if what == stage) for stage in ("read", "tokens")}
+        assert most["tokens"] >= 5 and (most["read"] == 1) == (suffix != "jsonl")
+        assert {row.reason: row.documents for row in report.dropped} == {"too-small": 1, "exact-duplicate": 2}
+        for side in ("train", "held_out"):
+            found = TokenFile(output / side)
+            content = found[0 : len(found)].tobytes() + found.starts.tobytes() + found.segments.tobytes()
+            assert len(found.starts) > 5 and tokens.setdefault(side, content) == content
+
+
+def test_many_small_documents_are_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_MAX_DOCUMENTS", 10)
+    write_texts(tmp_path / "a.jsonl", map(prose, range(45)))
+    seen: list[tuple[str, int]] = []
+    report = build(options(tmp_path / "a.jsonl", tmp_path / "out"), progress=noting(seen))
+    assert max(done for what, done in seen if what == "tokens") == 5
+    assert report.train.documents + report.held_out.documents == 45
+
+
+def test_a_killed_build_goes_on_inside_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "PART_BYTES", 8192)
+    write_texts(tmp_path / "a.jsonl.gz", map(prose, range(40)))
+    build(options(tmp_path / "a.jsonl.gz", tmp_path / "whole"))
+    seen: list[str] = []
+    describe = stages._describe
+
+    def noted(document: Any, *arguments: Any, **given: Any) -> Any:
+        seen.append(document.source)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+        return describe(document, *arguments, **given)
+
+    monkeypatch.setattr(stages, "_describe", noted)
+    with pytest.raises(KeyboardInterrupt):
+        build(options(tmp_path / "a.jsonl.gz", tmp_path / "out"))
+    first, seen[:] = seen[:-1], ["-"] * 30
+    build(options(tmp_path / "a.jsonl.gz", tmp_path / "out"))
+    again = set(first) & set(seen)
+    assert len(set(first) | set(seen) - {"-"}) == 40 and len(again) < 9  # no more than was in the open piece
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def test_a_build_killed_after_every_step_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "PART_BYTES", 8192)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # takes long, and no machine stops here
+    write_texts(tmp_path / "a.jsonl.gz", map(prose, range(16)))
+    wanted = options(tmp_path / "a.jsonl.gz", tmp_path / "whole", held_out=0.4)
+    build(wanted)
+    again = replace(wanted, output=tmp_path / "out")
+    kills = sum(1 for _ in itertools.takewhile(bool, (stopped_after(steps, again) for steps in range(100))))
+    assert 12 < kills < 100
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def stopped_after(steps: int, wanted: BuildOptions) -> bool:
+    """Build until so many files were renamed or removed; -> whether there was more to do."""
+    count = itertools.count()
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(count) == steps:
+                raise KeyboardInterrupt
+            return change(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            patch.setattr(Path, name, counted(getattr(Path, name)))
+        try:
+            build(wanted)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_finished_build_is_checked(corpus: Path, tmp_path: Path) -> None:
+    build(options(corpus, tmp_path / "out"))
+    for name, place in (("train/tokens-00000.bin", 0), ("held_out/tokens-00000.json", -6)):
+        file = tmp_path / "out" / name
+        good = bytearray(file.read_bytes())
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place:][1:])
+        with pytest.raises(TrainingError, match=rf"{name} is damaged: delete"):
+            build(options(corpus, tmp_path / "out"))
+        file.write_bytes(good)
+    assert build(options(corpus, tmp_path / "out")).train.documents
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/corpus/caf\xe9"))
+    folder.mkdir(parents=True)
+    (folder / "LICENSE").write_text(MIT)
+    for number in range(20):
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff%d.txt" % number)).write_text(prose(number))
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.bin")).write_bytes(b"\0")
+    for source in (folder, folder.parent):
+        output = folder.parent.parent / f"out-{source.name}"
+        report = build(options(source, output, held_out=0, against=(str(folder / "LICENSE"),)))
+        assert reasons(report)["binary"] == ["\\xff.bin"] and report.train.documents == 20
+        assert sources(output, "train")[0].endswith("caf\\xe9/\\xff0.txt") and to_html(report).encode()
+        assert texts(output, "train", tokenizer)[0] == prose(0)
+
+
+def test_sources_and_outputs_that_cannot_be(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    (tmp_path / "empty" / ".git" / "config").write_text("words")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("mine")
+    for source, output, message in (
+        ("empty", "out", "empty holds no files to read"),
+        ("loop", "out", "loop does not exist"),
+        ("corpus", "file", "the build stopped: .*File exists"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            build(options(tmp_path / source, tmp_path / output))
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    report = build(options(tmp_path / "blank.jsonl", tmp_path / "out"))
+    assert report.train.documents == 0 and report.funnel[0][1].documents == 0
+    assert "nothing is left to train on" in str(render(report).renderables[-1])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "build.json").write_text("not ours")
+    with pytest.raises(TrainingError, match="delete it first"):
+        build(options(corpus, tmp_path / "theirs"))

@@ -1,19 +1,24 @@
 """Documents of every kind of file: what is read, in which order, and that nothing outside is reached."""
 
 import gzip
+import io
 import itertools
 import json
 import os
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.corpus import GPL, MIT
+from data.corpus import GPL, MIT, prose
 from hypothesis import given
 from hypothesis import strategies as st
 
 from indexshare.data import documents
+from indexshare.data.chats import read_chats
 from indexshare.data.documents import Document, Part, Rejected, read_documents, read_part, read_texts
 from indexshare.data.files import source_files
 from indexshare.data.plan import make_plan
@@ -108,15 +113,130 @@ def test_parquet_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TrainingError, match='no column "text" or "content"'):
         list(read_documents([file]))
     file.write_bytes(b"PAR1 but not really")
-    with pytest.raises(TrainingError, match="is not Parquet"):
+    with pytest.raises(TrainingError, match="cannot be read as Parquet"):
         list(read_documents([file]))
 
 
-def test_a_gzip_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {n:02}" for n in range(100)]}), file, row_group_size=1)
+    size = pq.read_metadata(file).row_group(0).total_byte_size
+    monkeypatch.setattr("indexshare.data.plan.PART_BYTES", 30 * size)
+    parts = make_plan([str(file)], tmp_path / "out").parts
+    assert [(part.begin, part.end) for (part,) in parts] == [(0, 30), (30, 60), (60, 90), (90, 100)]
+    found = [item for (part,) in parts for item in read_part(part)]
+    assert [item.text for item in found if isinstance(item, Document)] == [f"text {n:02}" for n in range(100)]
+
+
+def test_a_row_group_is_never_wholly_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    texts = pa.table({"text": [os.urandom(8).hex() * 500 for _ in range(4000)]})  # 32 MB
+    pq.write_table(texts, file, compression="none", use_dictionary=False)
+    assert pq.read_metadata(file).num_row_groups == 1
+    del texts
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_documents([file])]
+    assert len(held) == 4000 and max(held) < 16_000_000
+
+
+def test_parquet_that_is_not_utf_8_or_damaged_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    ends = pa.py_buffer(np.asarray([0, 3, 6, 9], np.int32).tobytes())
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, ends, pa.py_buffer(b"one\xff\xfe\xfdtwo"))}), file)
+    first, bad, last = read_part(Part(file=str(file), root=str(file)))
+    assert isinstance(first, Document) and isinstance(last, Document) and (first.text, last.text) == ("one", "two")
+    assert bad == Rejected(source=f"{file}:2", reason="not-utf-8", num_bytes=0)
+    with pytest.raises(TrainingError, match=r"a\.parquet:2 cannot be compared with: it is not UTF-8"):
+        list(read_texts(file))
+    pq.write_table(pa.table({"text": [os.urandom(50).hex() for _ in range(5000)]}), file, use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 500] = b"\xff" * 500
+    file.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"a\.parquet cannot be read after row"):
+        list(read_documents([file]))
+
+
+def test_gzip_files_that_are_cut_off_or_damaged_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl.gz"
-    file.write_bytes(gzip.compress(b'{"text": "one"}\n' * 5000)[:-20])
-    with pytest.raises(TrainingError, match=r"a\.jsonl\.gz cannot be read after line"):
-        list(read_documents([file]))
+    good = gzip.compress("".join(f'{{"text": "{prose(n)!r}"}}\n' for n in range(50)).encode())
+    bad = good[:10] + b"\x07" + good[11:]  # the first block is of a type that does not exist
+    with pytest.raises(zlib.error):
+        gzip.decompress(bad)
+    for content in (good[:-20], bad):
+        file.write_bytes(content)
+        for read in (read_documents, read_chats):
+            with pytest.raises(TrainingError, match=r"a\.jsonl\.gz"):
+                list(read([file]))
+        with pytest.raises(TrainingError, match=r"a\.jsonl\.gz cannot be read after line"):
+            list(read_texts(file))
+
+
+def test_names_in_capitals_and_other_names_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "B.JSON.GZ").write_bytes(gzip.compress(b'{"text": "three"}'))
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "C.PARQUET")
+    (tmp_path / "d.json").write_text('{"text": "five"}')
+    assert [document.text for document in read_documents([tmp_path])] == [
+        "one",
+        "two",
+        "three",
+        "four",
+        '{"text": "five"}',
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    assert [document.text for document in read_documents([tmp_path])] == ["one", "two", "three"]
+    assert list(read_texts(tmp_path / "a.jsonl")) == ["one", "two"]
+
+
+def test_a_line_over_many_parts_is_not_read_in_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "x" * 100_000}) + '\n{"text": "last"}\n')
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 64)
+    sizes: list[int] = []
+
+    class Counting(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            sizes.append(len(line))
+            return line
+
+    monkeypatch.setattr(documents, "open_bytes", lambda path: Counting(path.read_bytes()))
+    for begin in (0, 1000, 2000):
+        sizes.clear()
+        items = list(read_part(Part(file=str(file), root=str(file), begin=begin, end=begin + 1000)))
+        assert len(items) == (begin == 0) and sum(sizes) < 1200
+    (last,) = read_part(Part(file=str(file), root=str(file), begin=99_000, end=file.stat().st_size))
+    assert isinstance(last, Document) and last.text == "last"
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\0")
+    assert list(read_texts(tmp_path / "a.txt")) == ["words"] and list(read_texts(tmp_path / "c.png")) == []
+    with pytest.raises(TrainingError, match=r"b\.txt cannot be compared with: it is not-utf-8"):
+        list(read_texts(tmp_path / "b.txt"))
+    with pytest.raises(TrainingError, match=r"gone\.jsonl cannot be read after line 0"):
+        list(read_texts(tmp_path / "gone.jsonl"))
+    with pytest.raises(TrainingError, match=r"gone\.parquet cannot be read as Parquet"):
+        list(read_texts(tmp_path / "gone.parquet"))
+    (gone,) = read_part(Part(file=str(tmp_path / "gone.txt"), root=str(tmp_path)))
+    assert gone == Rejected(source=str(tmp_path / "gone.txt"), reason="unreadable", num_bytes=0)
+    scan = os.scandir
+
+    def refuse(path: os.PathLike[str]) -> Any:
+        if Path(path).name == "folder":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(TrainingError, match=r"cannot be read: .*Permission denied.*folder'; make it readable"):
+        list(source_files(tmp_path))
 
 
 def test_repositories_and_their_licences(tmp_path: Path) -> None:

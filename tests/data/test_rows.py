@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indexshare.chat.tokenizer import Tokenizer
+from indexshare.chat.tokenizer import MAX_TEXT_BYTES, Tokenizer
 from indexshare.data.rows import IGNORED, TokenRows, open_rows
 from indexshare.data.shards import ShardWriter, fingerprint
 from indexshare.errors import TrainingError
@@ -42,6 +42,12 @@ def test_too_little_data_and_wrong_lines_are_named(tmp_path: Path, tokenizer: To
         TokenRows.from_files([tmp_path / "b.jsonl"], tokenizer, length=8)
 
 
+def test_a_document_that_is_too_large_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("word\n" * (MAX_TEXT_BYTES // 5 + 1))
+    with pytest.raises(TrainingError, match=r"a\.txt: .* bytes can be encoded"):
+        open_rows([tmp_path], tokenizer, length=8)
+
+
 def test_built_data_gives_the_rows_of_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [f"document {number} has some words of its own\n" * 3 for number in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -72,6 +78,18 @@ def test_data_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokeni
         writer.add(np.arange(100), "a", opens_segment=True)
     with pytest.raises(TrainingError, match="another tokenizer"):
         open_rows([tmp_path], tokenizer, length=8)
+
+
+def test_an_index_of_another_program_is_a_file_like_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    for content in ('{"pages": [1, 2]}', "[1, 2]"):
+        (site / "index.json").write_text(content * 20)
+        with pytest.raises(TrainingError, match="cannot be read"):
+            open_rows([site], tokenizer, length=8)
+        (site / "index.json").write_text(content)
+        (site / "words.txt").write_text("some words of a document " * 10)
+        assert open_rows([site], tokenizer, length=8).num_rows > 3
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:

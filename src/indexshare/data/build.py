@@ -1,23 +1,24 @@
 """`indexshare data build`: from files to tokens for training, without what should not be learned from.
 
-    read        parts      filter, describe (stages.read_stage)         in parallel, one file a part
-    compare     whole      duplicates; which side a document is on      in order, signatures only
-    ngrams      parts      n-grams of what is held out                  in parallel
-    overlap     parts      which documents hold such n-grams            in parallel
-    tokens      parts      tokenise                                     in parallel
-    write       whole      repositories together, shards, the report    in order
+    against     whole      n-grams of evaluation sets                               in order
+    read        parts      filter, describe, cut into pieces (stages.read_stage)    in parallel
+    compare     whole      duplicates; which side a document is on                  in order, signatures only
+    ngrams      pieces     n-grams of what is held out                              in parallel
+    overlap     pieces     which documents hold such n-grams                        in parallel
+    tokens      pieces     tokenise                                                 in parallel
+    write       whole      repositories together, shards, the report                in order
 
-A stage leaves files in OUTPUT/work; one that was killed goes on with the parts that are missing. The shards are a
-function of the sources and options alone, whatever the number of processes and the interruptions.
+A stage leaves files in OUTPUT/work; one that was killed goes on with what is missing. The shards are a function
+of the sources and options alone, whatever the number of processes and the interruptions.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 import msgspec
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexshare.chat.tokenizer import Tokenizer
+from indexshare.data import plan as planning
 from indexshare.data import stages
 from indexshare.data.documents import read_texts
 from indexshare.data.files import source_files
@@ -33,15 +35,15 @@ from indexshare.data.licenses import PERMISSIVE
 from indexshare.data.plan import Plan, make_plan
 from indexshare.data.quality import REASONS
 from indexshare.data.report import Amount, BuildReport, Reason, Source, Split, to_html
-from indexshare.data.shards import fingerprint, remove_directory, write_file
+from indexshare.data.shards import fingerprint, incomplete, remove_directory, verify, write_file
 from indexshare.data.similarity import NearDuplicates, ngrams
 from indexshare.data.stages import CONTAMINATED, EXACT, HELD_OUT, NEAR, TRAIN, Dropped, Filters, Work, save_array
 from indexshare.errors import ConfigError, TrainingError
 
-RULES_VERSION = 1  # to be raised when the same sources and options would give other shards
+RULES_VERSION = 2  # to be raised when the same sources and options would give other shards
 MAX_DOCUMENT_BYTES = 8 * 1024 * 1024  # the tokenizer takes no more in one line
 COMMON = 10  # a held-out n-gram in more training documents than this is a notice or an idiom, not a leak
-_LOCK = ".lock"
+_STATE, _LOCK = "build.json", ".lock"
 _FATE_REASONS = {EXACT: "exact-duplicate", NEAR: "near-duplicate", CONTAMINATED: "contaminated"}
 
 Progress = Callable[[str, str], AbstractContextManager[stages.Report]]
@@ -100,21 +102,21 @@ def _silent(what: str, unit: str) -> Generator[stages.Report]:
 
 
 def build(options: BuildOptions, *, progress: Progress = _silent) -> BuildReport:
-    """Build, or go on with a build that was stopped; one that is finished is only reported.
+    """Build, or go on with a build that was stopped; one that is finished is checked and reported.
 
-    Raises ConfigError for options, TrainingError for sources, and for an output of other options or sources.
+    Raises TrainingError for sources, for an output of other options or sources, and for shards that are damaged.
     """
-    plan = make_plan(options.sources, options.output)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with _only_one(options.output):
-        tokenizer = Tokenizer.from_directory(options.tokenizer)
-        identity = _identity(options, plan, fingerprint(tokenizer))
-        if (report := _finished(options.output, identity)) is not None:
+    try:
+        plan = make_plan(options.sources, options.output)
+        options.output.mkdir(parents=True, exist_ok=True)
+        with _only_one(options.output):
+            tokenizer = Tokenizer.from_directory(options.tokenizer)
+            _claim(options.output, _identity(options, plan, fingerprint(tokenizer)))
+            report = _finished(options.output) or _Build(options, plan, tokenizer, progress).run()
+            remove_directory(options.output / "work")
             return report
-        try:
-            return _Build(options, plan, tokenizer, progress).run(identity)
-        except OSError as error:
-            raise TrainingError(f"the build stopped: {error}. Once that is solved the same command goes on") from error
+    except OSError as error:
+        raise TrainingError(f"the build stopped: {error}. Once that is solved the same command goes on") from error
 
 
 @contextmanager
@@ -139,23 +141,32 @@ def _identity(options: BuildOptions, plan: Plan, tokenizer: str) -> str:
     ]
     values = [RULES_VERSION, tokenizer, plan.identity, against, options.sources, options.filters()]
     values += [options.near_duplicates, options.held_out, options.against, options.ngram]
-    return hashlib.sha256(msgspec.json.encode(values)).hexdigest()
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _finished(output: Path, identity: str) -> BuildReport | None:
-    """The report of a build that is done; None for one to begin or to go on with."""
-    state = output / "build.json"
+def _claim(output: Path, identity: str) -> None:
+    """Make `output` that of this build. Raises TrainingError where it is not empty, nor of the same build."""
+    state, content = output / _STATE, msgspec.json.encode({"identity": identity})
     if not state.exists():
-        if strangers := sorted(entry.name for entry in output.iterdir() if entry.name != _LOCK):
+        ours = (_LOCK, incomplete(state).name)
+        if strangers := sorted(entry.name for entry in output.iterdir() if entry.name not in ours):
             raise TrainingError(f"{output} holds other files, such as {strangers[0]}: choose a new --output")
-        write_file(state, json.dumps({"identity": identity}).encode())
-    elif json.loads(state.read_bytes()).get("identity") != identity:
+        write_file(state, content)
+    elif state.read_bytes() != content:
         raise TrainingError(
             f"{output} holds data of other sources, files or options, or of another version of indexshare: choose "
             "another --output, or delete it first"
         )
+
+
+def _finished(output: Path) -> BuildReport | None:
+    """The report of a build that is done, whose shards are then checked; None for one to begin or to go on with."""
     report = output / "report.json"
-    return msgspec.json.decode(report.read_bytes(), type=BuildReport) if report.exists() else None
+    if not report.exists():
+        return None
+    for side in ("train", "held_out"):
+        verify(output / side)
+    return msgspec.json.decode(report.read_bytes(), type=BuildReport)
 
 
 class _Build:
@@ -164,44 +175,65 @@ class _Build:
     def __init__(self, options: BuildOptions, plan: Plan, tokenizer: Tokenizer, progress: Progress) -> None:
         self._options, self._plan, self._tokenizer, self._progress = options, plan, tokenizer, progress
         self._work = Work(options.output / "work")
-        self._firsts: list[int] = []  # the number of the first document of each part
+        self._pieces: list[str] = []
+        self._source_of: list[int] = []  # the number of the source of each piece
+        self._firsts: list[int] = []  # the number of the first document of each piece
         self._seconds: dict[str, float] = {}
         self._num_texts = self._num_ngrams = self._num_common = 0
 
-    def run(self, identity: str) -> BuildReport:
+    def run(self) -> BuildReport:
         """All stages; each takes up what is there."""
-        work = self._work.directory
-        work.mkdir(exist_ok=True)
-        numbers = range(len(self._plan.parts))
-        filters = self._options.filters()
-        self._stage("read", "msgpack", stages.read_stage, [(n, self._plan.parts[n], filters) for n in numbers])
+        self._work.directory.mkdir(exist_ok=True)
+        with self._timed("against"):  # first, so that a set that cannot be read is known at once
+            against = self._against_ngrams()
+        self._read()
         with self._timed("compare"):
             fates = self._compare()
         size = self._options.ngram
         if self._options.held_out or self._options.against:
-            tasks = [(n, self._firsts[n], size) for n in numbers]
+            tasks = [(piece, first, size) for piece, first in zip(self._pieces, self._firsts, strict=True)]
             self._stage("ngrams", "npy", stages.ngram_stage, tasks)
             with self._timed("against"):
-                strict = self._wanted_ngrams()
+                strict = self._wanted_ngrams(against)
             if len(strict):
                 self._stage("overlap", "npy", stages.overlap_stage, tasks)
                 fates = self._decontaminate(fates, strict)
-        tasks = [(n, self._firsts[n], self._options.tokenizer.resolve()) for n in numbers]
+        tokenizer = self._options.tokenizer.resolve()
+        tasks = [(piece, first, tokenizer) for piece, first in zip(self._pieces, self._firsts, strict=True)]
         self._stage("tokens", "npy", stages.token_stage, tasks)
         with self._timed("write"):
             report = self._write(fates)
         report = replace(report, seconds=tuple(self._seconds.items()))
         write_file(self._options.output / "report.html", to_html(report).encode())
         write_file(self._options.output / "report.json", msgspec.json.format(msgspec.json.encode(report)))
-        remove_directory(work)
         return report
 
+    def _read(self) -> None:
+        names = [f"{number:06d}" for number in range(len(self._plan.parts))]
+        filters = self._options.filters()
+        tasks = [
+            (name, parts, filters, planning.PART_BYTES) for name, parts in zip(names, self._plan.parts, strict=True)
+        ]
+        self._stage("read", "count", stages.read_stage, tasks, unit="parts")
+        for name, source in zip(names, self._plan.source, strict=True):
+            pieces = self._work.pieces(name)
+            self._pieces += pieces
+            self._source_of += [source] * len(pieces)
+
     def _stage(
-        self, name: str, suffix: str, function: Callable[..., None], tasks: Iterable[tuple[object, ...]]
+        self,
+        name: str,
+        suffix: str,
+        function: Callable[..., None],
+        tasks: Sequence[tuple[Any, ...]],
+        *,
+        unit: str = "pieces",
     ) -> None:
-        tasks = [(self._work.directory, *task) for task in tasks]
-        missing = [task for number, task in enumerate(tasks) if not self._work.file(name, number, suffix).exists()]
-        with self._timed(name), self._progress(name, "parts") as report:
+        """tasks: the arguments of `function` after the directory; the first names the part or piece."""
+        missing = [
+            (self._work.directory, *task) for task in tasks if not self._work.file(name, task[0], suffix).exists()
+        ]
+        with self._timed(name), self._progress(name, unit) as report:
             stages.run_stage(function, missing, num_tasks=len(tasks), workers=self._options.workers, report=report)
 
     @contextmanager
@@ -217,10 +249,10 @@ class _Build:
         near = NearDuplicates(threshold) if threshold < 1 else None
         border = int(self._options.held_out * 2**64)
         fates: list[int] = []
-        with self._progress("compare", "parts") as report:
-            for number in range(len(self._plan.parts)):
+        with self._progress("compare", "pieces") as report:
+            for number, piece in enumerate(self._pieces):
                 self._firsts.append(len(fates))
-                for document in self._work.read(number).kept:
+                for document in self._work.read(piece).kept:
                     if document.content in exact:
                         fates.append(EXACT)
                     elif near is not None and not near.is_new(len(fates), document.signature):
@@ -228,25 +260,31 @@ class _Build:
                     else:
                         fates.append(HELD_OUT if int.from_bytes(document.side[:8], "big") < border else TRAIN)
                     exact.add(document.content)
-                report(number + 1, len(self._plan.parts))
+                report(number + 1, len(self._pieces))
         result = np.asarray(fates, np.uint8)
         save_array(self._work.directory / "fates.npy", result)
         return result
 
-    def _wanted_ngrams(self) -> NDArray[np.bool_]:
-        """Write ngrams.npy, all n-grams to look for in order; -> which of them count however common they are."""
-        size = self._options.ngram
-        found = [np.load(self._work.file("ngrams", number, "npy")) for number in range(len(self._plan.parts))]
-        held_out = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
-        against = np.empty(0, np.uint64)
-        for name in self._options.against:
-            for file in source_files(name):
-                found = [ngrams(text, size) for text in read_texts(file)]
-                self._num_texts += len(found)
-                against = np.unique(np.concatenate([against, *found]))
-        if self._options.against and not len(against):
+    def _against_ngrams(self) -> NDArray[np.uint64]:
+        """The distinct n-grams of the evaluation sets, in order."""
+        size, nothing = self._options.ngram, np.empty(0, np.uint64)
+        files = [file for name in self._options.against for file in source_files(name)]
+        of_files = [nothing]
+        with self._progress("against", "files") as report:
+            for number, file in enumerate(files):
+                of_texts = [ngrams(text, size) for text in read_texts(file)]
+                self._num_texts += len(of_texts)
+                of_files.append(np.unique(np.concatenate([nothing, *of_texts])))
+                report(number + 1, len(files))
+        found = np.unique(np.concatenate(of_files))
+        if self._options.against and not len(found):
             raise TrainingError(f"no text in --against has {size} words: give the files of evaluation sets")
-        wanted = np.union1d(held_out, against)
+        return found
+
+    def _wanted_ngrams(self, against: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Write ngrams.npy, all n-grams to look for in order; -> which of them count however common they are."""
+        found = [np.load(self._work.file("ngrams", piece, "npy")) for piece in self._pieces]
+        wanted = np.unique(np.concatenate([against, *found]))
         self._num_ngrams = len(wanted)
         save_array(self._work.directory / "ngrams.npy", wanted)
         return np.isin(wanted, against, assume_unique=True)
@@ -254,20 +292,19 @@ class _Build:
     def _decontaminate(self, fates: NDArray[np.uint8], strict: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """Drop training documents with an n-gram of an evaluation set, or with a held-out one that few others have."""
         counts = np.zeros(len(strict), np.int64)
-        parts = range(len(self._plan.parts))
-        for number in parts:
-            counts += np.bincount(np.load(self._work.file("overlap", number, "npy"))[:, 1], minlength=len(strict))
+        for piece in self._pieces:
+            np.add.at(counts, np.load(self._work.file("overlap", piece, "npy"))[:, 1], 1)
         counted = strict | (counts <= COMMON)
         self._num_common = int(np.sum(~counted))
         fates = fates.copy()
-        for number in parts:
-            hits = np.load(self._work.file("overlap", number, "npy"))
-            fates[self._firsts[number] + hits[counted[hits[:, 1]], 0]] = CONTAMINATED
+        for first, piece in zip(self._firsts, self._pieces, strict=True):
+            hits = np.load(self._work.file("overlap", piece, "npy"))
+            fates[first + hits[counted[hits[:, 1]], 0]] = CONTAMINATED
         save_array(self._work.directory / "fates.npy", fates)
         return fates
 
     def _write(self, fates: NDArray[np.uint8]) -> BuildReport:
-        found = survey(self._work, self._plan.source, len(self._options.sources))
+        found = survey(self._work, self._pieces, self._source_of, len(self._options.sources))
         splits = {}
         for name, fate in (("train", TRAIN), ("held_out", HELD_OUT)):
             chosen = fates == fate
@@ -288,7 +325,7 @@ class _Build:
                 shards=num_shards,
             )
         return BuildReport(
-            output=str(self._options.output),
+            output=stages.printable(str(self._options.output)),
             funnel=self._funnel(found, fates),
             dropped=self._reasons(found, fates),
             sources=self._sources(found, fates),
@@ -321,7 +358,7 @@ class _Build:
         for fate, reason in _FATE_REASONS.items():
             gone = np.flatnonzero(fates == fate)
             if len(gone):
-                names = [self._source_of(found, int(number)) for number in gone[: stages.NUM_EXAMPLES]]
+                names = [found.names[number] for number in gone[: stages.NUM_EXAMPLES]]
                 total[reason] = Dropped(len(gone), int(found.sizes[gone].sum()), names)
         return tuple(
             Reason(reason=reason, documents=row.documents, bytes=row.num_bytes, examples=tuple(row.examples))
@@ -329,15 +366,11 @@ class _Build:
             if (row := total.get(reason)) is not None
         )
 
-    def _source_of(self, found: Survey, number: int) -> str:
-        part = int(np.searchsorted(found.firsts, number, side="right")) - 1
-        return self._work.read(part).kept[number - int(found.firsts[part])].source
-
     def _sources(self, found: Survey, fates: NDArray[np.uint8]) -> tuple[Source, ...]:
-        part_source = np.repeat(np.asarray(self._plan.source, np.int64), np.diff(found.firsts))
+        source_of = np.repeat(np.asarray(self._source_of, np.int64), np.diff(found.firsts))
         rows = []
         for number, name in enumerate(self._options.sources):
-            here = part_source == number
+            here = source_of == number
             kept = here & (fates <= HELD_OUT)
             good, dropped = _amount(found, here), found.dropped[number].values()
             read = Amount(
@@ -345,7 +378,7 @@ class _Build:
                 bytes=good.bytes + sum(row.num_bytes for row in dropped),
             )
             tokens = int(found.tokens[kept].sum())
-            rows.append(Source(name=name, read=read, kept=_amount(found, kept), tokens=tokens))
+            rows.append(Source(name=stages.printable(name), read=read, kept=_amount(found, kept), tokens=tokens))
         return tuple(rows)
 
 

@@ -8,7 +8,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from indexshare.chat.types import parse_json
-from indexshare.data.files import MAX_LINE_BYTES, is_json_lines, open_bytes, read_json_lines, source_files
+from indexshare.data.files import (
+    MAX_LINE_BYTES,
+    UNREADABLE,
+    is_json_lines,
+    is_parquet,
+    open_bytes,
+    read_json_lines,
+    source_files,
+)
 from indexshare.data.licenses import LICENSE_FILE, license_of_source, license_of_text
 from indexshare.errors import TrainingError
 
@@ -23,6 +31,7 @@ _REPOSITORY_FILES = frozenset(
 )
 _TEXT_FIELDS, _GROUP_FIELDS = ("text", "content"), ("group", "repo", "repo_name")
 _PARQUET_ROWS = 64  # rows in memory at once
+_PARQUET_BUFFER = 1024 * 1024  # bytes of each column; without it a whole row group is read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,24 +95,31 @@ def read_part(part: Part, *, max_bytes: int | None = None) -> Iterator[Document 
     file = Path(part.file)
     if is_json_lines(file):
         yield from _read_json_lines(file, part)
-    elif file.suffix == ".parquet":
+    elif is_parquet(file):
         yield from _read_parquet(file, part)
     else:
         yield _read_text(file, Path(part.root), max_bytes)
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """The texts of one file of an evaluation set: a document, or of JSON lines and Parquet all strings of a record."""
+    """The texts of one file of an evaluation set: a document, or of JSON lines and Parquet all strings of a record.
+
+    Raises TrainingError for a file that is unreadable or not UTF-8; one that is binary has none.
+    """
     if is_json_lines(file):
         for _, value in read_json_lines(file):
             yield "\n".join(_strings(value))
-    elif file.suffix == ".parquet":
-        with open_parquet(file) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
-                yield from ("\n".join(_strings(record)) for record in batch.to_pylist())
+    elif is_parquet(file):
+        for number, record in _parquet_rows(file):
+            if isinstance(record, UnicodeDecodeError):
+                raise TrainingError(f"{file}:{number} cannot be compared with: it is not UTF-8")
+            yield "\n".join(_strings(record))
     else:
         item = _read_text(file, file, None)
-        yield from [item.text] if isinstance(item, Document) else []
+        if isinstance(item, Document):
+            yield item.text
+        elif item.reason != "binary":
+            raise TrainingError(f"{file} cannot be compared with: it is {item.reason}")
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -115,12 +131,13 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _read_text(file: Path, root: Path, max_bytes: int | None) -> Document | Rejected:
-    size = file.stat().st_size
-    if max_bytes is not None and size > max_bytes:
-        return Rejected(source=str(file), reason="too-large", num_bytes=size)
+    size = 0
     try:
+        size = file.stat().st_size
+        if max_bytes is not None and size > max_bytes:
+            return Rejected(source=str(file), reason="too-large", num_bytes=size)
         content = file.read_bytes()
-    except OSError:  # not ours to read
+    except OSError:  # not ours to read, or gone
         return Rejected(source=str(file), reason="unreadable", num_bytes=size)
     if b"\0" in content:
         return Rejected(source=str(file), reason="binary", num_bytes=size)
@@ -178,6 +195,8 @@ def _lines(file: Path, begin: int, end: int | None) -> Iterator[tuple[int, int, 
             lines.seek(begin - 1)
             while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 offset += len(rest)
+                if end is not None and offset >= end:
+                    return  # one line reaches over the whole part
             offset += len(rest) - 1  # the byte before `begin` was read too
         number = 0
         while end is None or offset < end:
@@ -187,7 +206,7 @@ def _lines(file: Path, begin: int, end: int | None) -> Iterator[tuple[int, int, 
             number, start = number + 1, offset
             offset += len(line)
             whole: bytes | None = line
-            while line and not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
+            while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n") and (end is None or offset < end):
                 line, whole = lines.readline(MAX_LINE_BYTES), None
                 offset += len(line)
             if whole is None or whole.strip():
@@ -201,31 +220,57 @@ def _read_json_lines(file: Path, part: Part) -> Iterator[Document | Rejected]:
         for number, offset, line in _lines(file, part.begin, part.end):
             source = f"{file}:{number}" if is_whole else f"{file}@{offset}"
             yield _from_record(None if line is None else _parse(line), source, 0 if line is None else len(line))
-    except (EOFError, OSError) as error:  # a gzip file that is cut off or damaged
+    except UNREADABLE as error:
         raise TrainingError(f"{file} cannot be read after line {number}: {error}") from error
 
 
 def _parse(line: bytes | None) -> Any:
     try:
-        return None if line is None else parse_json(line.decode("utf-8"))
+        return None if line is None else parse_json(line.decode("utf-8-sig"))
     except ValueError:
         return None
 
 
 def _read_parquet(file: Path, part: Part) -> Iterator[Document | Rejected]:
+    for number, record in _parquet_rows(file, (*_TEXT_FIELDS, *_GROUP_FIELDS, "license", "path"), part.begin, part.end):
+        source = f"{file}:{number}"
+        if isinstance(record, UnicodeDecodeError):
+            yield Rejected(source=source, reason="not-utf-8", num_bytes=0)
+        else:
+            yield _from_record(record, source, 0)
+
+
+def _parquet_rows(
+    file: Path, columns: Sequence[str] | None = None, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """(number from 1, record or the error of one that is not UTF-8) of the rows of some row groups.
+
+    columns: those to be read where they are there; one of the texts must be. None for all.
+    """
     with open_parquet(file) as table:
-        columns = [
-            name for name in (*_TEXT_FIELDS, *_GROUP_FIELDS, "license", "path") if name in table.schema_arrow.names
-        ]
-        if not set(columns) & set(_TEXT_FIELDS):
-            raise TrainingError(f'{file} has no column "text" or "content"')
-        end = table.num_row_groups if part.end is None else part.end
-        number = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
-        groups = range(part.begin, end)
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=list(groups), columns=columns):
-            for record in batch.to_pylist():
-                number += 1
-                yield _from_record(record, f"{file}:{number}", 0)
+        from pyarrow import ArrowException  # it is there, since the file was opened
+
+        names = None if columns is None else [name for name in columns if name in table.schema_arrow.names]
+        if names is not None and not set(names) & set(_TEXT_FIELDS):
+            raise TrainingError(
+                f'{file} has no column "text" or "content": rename the one with the text, or leave the file out'
+            )
+        number = sum(table.metadata.row_group(group).num_rows for group in range(begin))
+        groups = list(range(begin, table.num_row_groups if end is None else end))
+        try:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups, columns=names):
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, _parquet_record(batch.slice(row, 1))
+        except (OSError, ArrowException) as error:
+            raise TrainingError(f"{file} cannot be read after row {number}: {error}") from error
+
+
+def _parquet_record(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
 
 
 def open_parquet(file: Path) -> Any:
@@ -236,9 +281,9 @@ def open_parquet(file: Path) -> Any:
     except ImportError as error:
         raise TrainingError(f"{file}: reading Parquet needs pyarrow: pip install 'indexshare[train]'") from error
     try:
-        return ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise TrainingError(f"{file} is not Parquet: {error}") from error
+        return ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise TrainingError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def _from_record(record: Any, source: str, num_bytes: int) -> Document | Rejected:

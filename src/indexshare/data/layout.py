@@ -3,29 +3,28 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexshare.data.shards import ShardWriter, token_type
-from indexshare.data.stages import Dropped, Kept, Report, Work
-
-_CACHED_PARTS = 16  # of a few MB each: documents of a repository come from few parts
+from indexshare.data.stages import Dropped, Report, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """All documents that passed the filters, in the order of the sources; n of them in P parts of S sources.
+    """All documents that passed the filters, in the order of the sources; n of them in P pieces of S sources.
 
-    firsts [P + 1]: number of the first document of each part. sizes [n]: bytes of UTF-8. tokens [n]: with the end
-    token, 0 for what was dropped later. homes [n]: number of the first document of the same repository, its own for one
-    that stands alone. readmes [n]. dropped, by source: what the filters dropped. licenses: of documents with tokens.
+    pieces [P], names [n]: of pieces, of documents. firsts [P + 1]: number of the first document of each piece. sizes
+    [n]: bytes of UTF-8. tokens [n]: with the end token, 0 for what was dropped later. homes [n]: number of the first
+    document of the same repository, its own for one that stands alone. readmes [n]: whether it is one. dropped, by
+    source: what the filters dropped. licenses: of documents with tokens.
     """
 
+    pieces: tuple[str, ...]
     firsts: NDArray[np.int64]
+    names: tuple[str, ...]
     sizes: NDArray[np.int64]
     tokens: NDArray[np.int64]
     homes: NDArray[np.int64]
@@ -34,26 +33,30 @@ class Survey:
     licenses: Counter[str]
 
 
-def survey(work: Work, source_of: Sequence[int], num_sources: int) -> Survey:
-    """Count what the stages left; `source_of`: the source of each part."""
+def survey(work: Work, pieces: Sequence[str], source_of: Sequence[int], num_sources: int) -> Survey:
+    """Count what the stages left; `source_of`: the source of each piece."""
+    names: list[str] = []
     firsts, sizes, tokens, homes, readmes = [0], [], [np.empty(0, np.int64)], [], []
     home_of: dict[tuple[int, str], int] = {}
     dropped: tuple[dict[str, Dropped], ...] = tuple({} for _ in range(num_sources))
     licenses: Counter[str] = Counter()
-    for number, source in enumerate(source_of):
-        part = work.read(number)
-        lengths = np.load(work.file("tokens", number, "npy"))
+    for name, source in zip(pieces, source_of, strict=True):
+        piece = work.read(name)
+        lengths = np.load(work.file("tokens", name, "npy"))
         tokens.append(lengths)
-        for document, length in zip(part.kept, lengths, strict=True):
+        for document, length in zip(piece.kept, lengths, strict=True):
+            names.append(document.source)
             sizes.append(document.end - document.begin)
             homes.append(home_of.setdefault((source, document.group), len(homes)) if document.group else len(homes))
             readmes.append(PurePath(document.source).name.lower().startswith("readme"))
             licenses.update([document.license or "unknown"] if length else [])
         firsts.append(len(sizes))
-        for reason, amount in part.dropped.items():
+        for reason, amount in piece.dropped.items():
             dropped[source].setdefault(reason, Dropped()).merge(amount)
     return Survey(
+        pieces=tuple(pieces),
         firsts=np.asarray(firsts, np.int64),
+        names=tuple(names),
         sizes=np.asarray(sizes, np.int64),
         tokens=np.concatenate(tokens),
         homes=np.asarray(homes, np.int64),
@@ -76,35 +79,21 @@ def write_split(
     """Write the chosen documents: those of a repository together, its README first. -> segments, shards."""
     order = np.lexsort((np.arange(len(chosen)), ~found.readmes, found.homes))
     order = order[chosen[order]]
-    part_of = np.searchsorted(found.firsts, order, side="right") - 1
-    parts = _Parts(work, token_type(vocab_size))
+    piece_of = np.searchsorted(found.firsts, order, side="right") - 1
+    dtype = token_type(vocab_size)
+    before_each = np.concatenate([[0], np.cumsum(found.tokens)])  # tokens
+    offsets = dtype.itemsize * (before_each[order] - before_each[found.firsts[piece_of]])
     num_segments, before = 0, -1
     with ShardWriter(directory, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint) as writer:
-        for done, (number, part) in enumerate(zip(order.tolist(), part_of.tolist(), strict=True)):
-            place = number - int(found.firsts[part])
+        for done, (number, piece, offset) in enumerate(
+            zip(order.tolist(), piece_of.tolist(), offsets.tolist(), strict=True)
+        ):
             home = int(found.homes[number])
-            ids, ends = parts.tokens(part)
-            begin = int(ends[place]) - int(found.tokens[number])
-            writer.add(ids[begin : ends[place]], parts.kept(part)[place].source, opens_segment=home != before)
+            file = work.file("tokens", found.pieces[piece], "bin")
+            ids = np.fromfile(file, dtype, count=int(found.tokens[number]), offset=offset)
+            writer.add(ids, found.names[number], opens_segment=home != before)
             num_segments, before = num_segments + (home != before), home
             if done % 256 == 0:
                 report(done, len(order))
     report(len(order), len(order))
     return num_segments, writer.num_shards
-
-
-class _Parts:
-    """What the stages left of a part, the last few kept in memory."""
-
-    def __init__(self, work: Work, dtype: np.dtype[Any]) -> None:
-        self._work, self._dtype = work, dtype
-        self.kept = lru_cache(_CACHED_PARTS)(self._kept)
-        self.tokens = lru_cache(_CACHED_PARTS)(self._tokens)
-
-    def _kept(self, part: int) -> list[Kept]:
-        return self._work.read(part).kept
-
-    def _tokens(self, part: int) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """-> token ids of all its documents, and where each ends."""
-        ends = np.cumsum(np.load(self._work.file("tokens", part, "npy")))
-        return np.fromfile(self._work.file("tokens", part, "bin"), self._dtype), ends

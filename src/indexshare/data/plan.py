@@ -1,4 +1,7 @@
-"""How the work is cut: parts of about 8 MiB, the same ones whatever the number of processes."""
+"""How the work is cut: parts of about 8 MiB, the same ones whatever the number of processes.
+
+A file that can only be read from its beginning is one part, however large; `stages.read_stage` cuts what comes out.
+"""
 
 import hashlib
 import os
@@ -7,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from indexshare.data.documents import Part, open_parquet
-from indexshare.data.files import is_json_lines, source_files
+from indexshare.data.files import is_gzip, is_json_lines, is_parquet, source_files
 from indexshare.errors import TrainingError
 
 PART_BYTES = 8 * 1024 * 1024
@@ -25,25 +28,32 @@ class Plan:
 
 
 def make_plan(sources: Sequence[str], output: Path) -> Plan:
-    """Cut the files of the sources into parts. Raises TrainingError for one that is missing or that holds `output`."""
+    """Cut the files of the sources into parts.
+
+    Raises TrainingError for a source that is missing, holds no files or holds `output`.
+    """
     parts: list[tuple[Part, ...]] = []
     source_of: list[int] = []
     digest = hashlib.sha256()
     seen: dict[Path, str] = {}
     for number, source in enumerate(sources):
-        resolved = Path(source).resolve()
-        if output.resolve().is_relative_to(resolved):
+        resolved = Path(os.path.realpath(source))
+        if Path(os.path.realpath(output)).is_relative_to(resolved):
             raise TrainingError(f"{output} lies in the source {source}, and would be read: choose another --output")
         if resolved in seen:
             raise TrainingError(f"{source} and {seen[resolved]} are the same: give each source once")
         seen[resolved] = source
-        for group in _parts(source):
+        groups = list(_parts(source))
+        if not groups:
+            raise TrainingError(f"{source} holds no files to read: links, version control and packages are passed over")
+        for group in groups:
             parts.append(group)
             source_of.append(number)
             digest.update(b"part\n")
             for part in group:
                 status = os.stat(part.file)
-                digest.update(f"{part.file}\0{part.begin}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+                piece = f"{part.file}\0{part.begin}\0{status.st_size}\0{status.st_mtime_ns}\n"
+                digest.update(piece.encode("utf-8", "surrogateescape"))
     return Plan(parts=tuple(parts), source=tuple(source_of), identity=digest.hexdigest())
 
 
@@ -69,12 +79,16 @@ def _parts(source: str) -> Iterator[tuple[Part, ...]]:
 
 def _cut(file: Path, whole: Part, size: int) -> Iterator[Part]:
     """The pieces of a large file that can be read from the middle: lines, and row groups; else the whole."""
-    if size > PART_BYTES and is_json_lines(file) and file.suffix != ".gz":
+    if size > PART_BYTES and is_json_lines(file) and not is_gzip(file):
         for begin in range(0, size, PART_BYTES):
             yield replace(whole, begin=begin, end=min(begin + PART_BYTES, size))
-    elif size > PART_BYTES and file.suffix == ".parquet":
+    elif size > PART_BYTES and is_parquet(file):
         with open_parquet(file) as table:
+            begin = num_bytes = 0
             for group in range(table.num_row_groups):
-                yield replace(whole, begin=group, end=group + 1)
+                num_bytes += table.metadata.row_group(group).total_byte_size
+                if num_bytes >= PART_BYTES or group == table.num_row_groups - 1:
+                    yield replace(whole, begin=begin, end=group + 1)
+                    begin, num_bytes = group + 1, 0
     else:
         yield whole

@@ -71,7 +71,9 @@ def render(report: BuildReport) -> RenderableType:
     """The report for a terminal, without what the reasons mean."""
     tables = (_table(*table) for table in _tables(report, explain=False))
     lines = [f"{report.output}/report.html says what the reasons mean"]
-    if not report.held_out.documents:
+    if not report.train.documents:
+        lines.append("nothing is left to train on: the reasons above say why")
+    elif not report.held_out.documents:
         lines.append("nothing is held out, since few documents are left: a larger --held-out takes some")
     return Group(*tables, *lines)
 

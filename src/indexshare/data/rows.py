@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.data.documents import Document, read_documents
-from indexshare.data.shards import INDEX, TokenFile, fingerprint
-from indexshare.errors import TrainingError
+from indexshare.data.shards import INDEX, TokenFile, fingerprint, holds_tokens
+from indexshare.errors import RequestError, TrainingError
 
 IGNORED = -100  # a target that is not to be learned
 
@@ -31,6 +31,18 @@ class Batch:
     loss_weights: NDArray[np.float32]
     positions: NDArray[np.int64]
     segment_starts: tuple[int, ...]
+
+    def rows(self, begin: int, end: int) -> "Batch":
+        """Some of the rows, as a batch of their own."""
+        length = self.token_ids.shape[1]
+        first, last = begin * length, end * length
+        return Batch(
+            token_ids=self.token_ids[begin:end],
+            targets=self.targets[begin:end],
+            loss_weights=self.loss_weights[begin:end],
+            positions=self.positions[begin:end],
+            segment_starts=tuple(start - first for start in self.segment_starts if first <= start <= last),
+        )
 
     def without_padding(self) -> "Batch":
         """One row of the segments in which anything is supervised; the batch itself when these are all, or none.
@@ -142,16 +154,16 @@ def open_rows(
         return TokenRows.from_files(sources, tokenizer, length=length, seed=seed)
     if len(sources) > 1:
         raise TrainingError(f"{built[0]} is built data: give it alone, or build all sources together")
-    rows = TokenRows.from_directory(built[0], length=length, seed=seed)
-    if TokenFile(built[0]).index["tokenizer"] != fingerprint(tokenizer):
+    tokens = TokenFile(built[0])
+    if tokens.index["tokenizer"] != fingerprint(tokenizer):
         raise TrainingError(f"{built[0]} was built with another tokenizer: build it with --tokenizer MODEL")
-    return rows
+    return TokenRows(tokens, tokens.starts, length=length, seed=seed, segments=tokens.segments)
 
 
 def built_data(source: str | os.PathLike[str]) -> Path | None:
     """Where the index lies, if the source is what `indexshare data build` wrote, or its part train or held_out."""
     path = Path(source)
-    return next((here for here in (path, path / "train") if (here / INDEX).is_file()), None)
+    return next((here for here in (path, path / "train") if holds_tokens(here)), None)
 
 
 def encode_documents(
@@ -170,7 +182,10 @@ def _encode(
     is_new: list[bool] = []
     group = ""
     for document in documents:
-        pieces.append(np.asarray([*tokenizer.encode(document.text), end], dtype=np.int64))
+        try:
+            pieces.append(np.asarray([*tokenizer.encode(document.text), end], dtype=np.int64))
+        except RequestError as error:
+            raise TrainingError(f"{document.source}: {error}; `indexshare data build` leaves it out") from error
         is_new.append(not document.group or document.group != group)
         group = document.group
     if not pieces:

@@ -1,6 +1,6 @@
 """Tokens on disk: files of at most 64 MiB beside an index, read by memory mapping.
 
-<directory>/index.json          dtype, totals, the tokenizer's fingerprint, and each shard's tokens and sha256
+<directory>/index.json          dtype, totals, the tokenizer's fingerprint, each shard's tokens, both its files' sha256
             tokens-00000.bin    token ids, little-endian uint16 or uint32, documents one after another
             tokens-00000.json   "starts", "segments": where documents and what is packed together begin in this
                                 shard; "sources": the name of the document at each start
@@ -23,6 +23,7 @@ from indexshare.errors import TrainingError
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 1024 * 1024
 INDEX = "index.json"
+_REBUILD = "delete what `indexshare data build` wrote and build the data again"
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -44,7 +45,7 @@ class ShardWriter:
     def __init__(
         self, directory: Path, *, vocab_size: int, tokenizer_fingerprint: str, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        self._directory, self._work = directory, directory.with_name(f".incomplete-{directory.name}")
+        self._directory, self._work = directory, incomplete(directory)
         self._dtype, self._fingerprint = token_type(vocab_size), tokenizer_fingerprint
         self._room = shard_bytes // self._dtype.itemsize
         self._shards: list[dict[str, Any]] = []
@@ -114,8 +115,16 @@ class ShardWriter:
             file.unlink()
             return
         documents = {"starts": self._starts, "segments": self._segments, "sources": self._sources}
-        write_file(file.with_suffix(".json"), json.dumps(documents).encode())
-        self._shards.append({"file": file.name, "num_tokens": self._held, "sha256": self._sha256.hexdigest()})
+        content = json.dumps(documents).encode()
+        write_file(file.with_suffix(".json"), content)
+        self._shards.append(
+            {
+                "file": file.name,
+                "num_tokens": self._held,
+                "sha256": self._sha256.hexdigest(),
+                "documents_sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
 
 
 class TokenFile:
@@ -125,9 +134,12 @@ class TokenFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Raises TrainingError, naming the file, for what is missing, cut off or of another version."""
+        """Raises TrainingError, naming the file, for what is missing, cut off or of another version.
+
+        Contents are not read: `verify` does.
+        """
         self.index = _read_json(directory / INDEX)
-        if self.index.get("version") != FORMAT_VERSION:
+        if not isinstance(self.index, dict) or self.index.get("version") != FORMAT_VERSION:
             raise TrainingError(f"{directory / INDEX} has another format: build the data again with this version")
         dtype = np.dtype(self.index["dtype"])
         self._shards: list[NDArray[np.integer]] = []
@@ -135,7 +147,7 @@ class TokenFile:
         for shard in self.index["shards"]:
             file = directory / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["num_tokens"] * dtype.itemsize:
-                raise TrainingError(f"{file} is missing or cut off: build the data again")
+                raise TrainingError(f"{file} is missing or cut off: {_REBUILD}")
             self._shards.append(np.memmap(file, dtype=dtype, mode="r"))
             documents = _read_json(file.with_suffix(".json"))
             starts.append(np.asarray(documents["starts"], np.int64) + offset)
@@ -159,12 +171,25 @@ class TokenFile:
             begin, shard = int(self._ends[shard]), shard + 1
 
 
+def holds_tokens(directory: Path) -> bool:
+    """Whether the index of a directory is ours, or damaged; other programs write an index.json too."""
+    try:
+        index = json.loads((directory / INDEX).read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(index, dict) and "shards" in index
+
+
 def verify(directory: Path) -> None:
-    """Read every shard and compare its sha256. Raises TrainingError for the first that is damaged."""
+    """Read every file and compare its sha256. Raises TrainingError for the first that is damaged."""
     for shard in TokenFile(directory).index["shards"]:
-        with (directory / shard["file"]).open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != shard["sha256"]:
-                raise TrainingError(f"{directory / shard['file']} is damaged: build the data again")
+        file = directory / shard["file"]
+        for part, sha256 in ((file, shard["sha256"]), (file.with_suffix(".json"), shard["documents_sha256"])):
+            with part.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+                    raise TrainingError(f"{part} is damaged: {_REBUILD}")
 
 
 def _read_json(path: Path) -> Any:
@@ -176,12 +201,17 @@ def _read_json(path: Path) -> Any:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the machine stops."""
-    temporary = path.with_name(f".incomplete-{path.name}")
+    temporary = incomplete(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def incomplete(path: Path) -> Path:
+    """What a file or directory is called until all of it is on the disk."""
+    return path.with_name(f".incomplete-{path.name}")
 
 
 def flush_directory(directory: Path) -> None:

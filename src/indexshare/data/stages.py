@@ -1,18 +1,20 @@
 """What is done to one part of the sources, in any process and in any order: read, compare, tokenise.
 
-Each stage writes files named after the part below the work directory; the one that is written last says that the part
-is done, so that a build that was killed goes on with the parts that are missing.
+Reading cuts a part into pieces that fit in memory, however much text one file holds; the other stages take these. Each
+stage writes files named after its part or piece below the work directory; the one that is written last says that it is
+done, so that a build that was killed goes on with what is missing.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from hashlib import blake2b
 from io import BytesIO
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,12 +34,13 @@ from indexshare.errors import TrainingError
 
 TRAIN, HELD_OUT, EXACT, NEAR, CONTAMINATED = range(5)  # the fate of a document that was read and found good
 NUM_EXAMPLES = 5
+_MAX_DOCUMENTS = 8192  # of a piece; a document costs about 1 KiB beside its text, mostly its signature
 
 Report = Callable[[int, int], None]
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A document that passed the filters. begin, end: its bytes in the part's text file; side: 16 bytes that decide
+    """A document that passed the filters. begin, end: its bytes in the piece's text file; side: 16 bytes that decide
     between training and held out."""
 
     source: str
@@ -65,17 +68,18 @@ class Dropped(msgspec.Struct):
             self.examples.append(source)
 
     def merge(self, other: "Dropped") -> None:
-        """Add the counts of another part; the first examples stay."""
+        """Add the counts of another piece; the first examples stay."""
         self.documents += other.documents
         self.num_bytes += other.num_bytes
         self.examples.extend(other.examples[: NUM_EXAMPLES - len(self.examples)])
 
 
-class ReadPart(msgspec.Struct, frozen=True):
-    """What reading a part gave."""
+class Piece(msgspec.Struct, frozen=True):
+    """What was read of a part until it was enough for once. num_items: documents, with those that were dropped."""
 
     kept: list[Kept]
     dropped: dict[str, Dropped]
+    num_items: int
 
 
 class Filters(msgspec.Struct, frozen=True):
@@ -94,23 +98,33 @@ class Work:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def file(self, stage: str, part: int, suffix: str) -> Path:
-        """The file of a stage of one part."""
-        return self.directory / f"{stage}-{part:06d}.{suffix}"
+    def file(self, stage: str, name: str, suffix: str) -> Path:
+        """The file of a stage of one part or piece."""
+        return self.directory / f"{stage}-{name}.{suffix}"
 
-    def read(self, part: int) -> ReadPart:
+    def pieces(self, part: str) -> list[str]:
+        """The names of the pieces of a part that was read."""
+        count = int(self.file("read", part, "count").read_bytes())
+        return [piece_name(part, number) for number in range(count)]
+
+    def read(self, piece: str) -> Piece:
         """What `read_stage` left."""
-        return msgspec.msgpack.decode(self.file("read", part, "msgpack").read_bytes(), type=ReadPart)
+        return msgspec.msgpack.decode(self.file("read", piece, "msgpack").read_bytes(), type=Piece)
 
-    def texts(self, part: int, kept: Sequence[Kept]) -> list[str]:
-        """The texts of documents of one part."""
-        with self.file("read", part, "txt").open("rb") as file:
-            content = file.read()
-        return [content[document.begin : document.end].decode() for document in kept]
+    def texts(self, piece: str, kept: Sequence[Kept]) -> Iterator[str]:
+        """The texts of documents of one piece."""
+        content = self.file("read", piece, "txt").read_bytes()
+        for document in kept:
+            yield content[document.begin : document.end].decode()
 
     def fates(self) -> NDArray[np.uint8]:
         """What becomes of each document, memory-mapped."""
         return np.load(self.directory / "fates.npy", mmap_mode="r")
+
+
+def piece_name(part: str, number: int) -> str:
+    """The name of a piece of a part."""
+    return f"{part}-{number}"
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
@@ -120,27 +134,55 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     write_file(path, buffer.getvalue())
 
 
-def read_stage(directory: Path, number: int, parts: tuple[Part, ...], filters: Filters) -> None:
-    """Read, filter and describe the documents of a part; their texts lie one after another in one file."""
+def read_stage(directory: Path, name: str, parts: tuple[Part, ...], filters: Filters, piece_bytes: int) -> None:
+    """Read, filter and describe the documents of a part, in pieces of at most about `piece_bytes` of text.
+
+    A piece has a file of texts, one after another, and one of what is known about each. What is in pieces that a killed
+    build left is read over, not examined again.
+    """
     work = Work(directory)
+    items = ((part, item) for part in parts for item in read_part(part, max_bytes=filters.max_bytes))
+    number = 0
+    while work.file("read", piece_name(name, number), "msgpack").exists():
+        done = work.read(piece_name(name, number)).num_items
+        next(islice(items, done, done), None)
+        number += 1
+    while True:
+        piece, texts = _read_piece(items, filters, piece_bytes)
+        if not piece.num_items:
+            break
+        write_file(work.file("read", piece_name(name, number), "txt"), texts)
+        write_file(work.file("read", piece_name(name, number), "msgpack"), msgspec.msgpack.encode(piece))
+        number += 1
+    write_file(work.file("read", name, "count"), str(number).encode())
+
+
+def _read_piece(
+    items: Iterator[tuple[Part, Document | Rejected]], filters: Filters, piece_bytes: int
+) -> tuple[Piece, bytes]:
     kept: list[Kept] = []
     dropped: dict[str, Dropped] = {}
     texts: list[bytes] = []
-    offset = 0
-    for part in parts:
-        for item in read_part(part, max_bytes=filters.max_bytes):
-            content = item.text.encode() if isinstance(item, Document) else b""
-            reason = _reason(item, len(content), filters)
-            if isinstance(item, Rejected) or reason is not None:
-                size = item.num_bytes if isinstance(item, Rejected) else len(content)
-                dropped.setdefault(str(reason), Dropped()).add(item.source, size)
-                continue
-            end = offset + len(content)
-            kept.append(_describe(item, part, offset, end, has_signature=filters.has_signatures))
-            texts.append(content)
-            offset = end
-    write_file(work.file("read", number, "txt"), b"".join(texts))
-    write_file(work.file("read", number, "msgpack"), msgspec.msgpack.encode(ReadPart(kept=kept, dropped=dropped)))
+    num_items = offset = 0
+    for part, item in items:
+        num_items += 1
+        content = item.text.encode() if isinstance(item, Document) else b""
+        reason = _reason(item, len(content), filters)
+        if isinstance(item, Rejected) or reason is not None:
+            size = item.num_bytes if isinstance(item, Rejected) else len(content)
+            dropped.setdefault(str(reason), Dropped()).add(printable(item.source), size)
+            continue
+        kept.append(_describe(item, part, offset, offset + len(content), has_signature=filters.has_signatures))
+        texts.append(content)
+        offset += len(content)
+        if offset >= piece_bytes or len(kept) == _MAX_DOCUMENTS:
+            break
+    return Piece(kept=kept, dropped=dropped, num_items=num_items), b"".join(texts)
+
+
+def printable(name: str) -> str:
+    """A name as text: the bytes of a file's name that are not UTF-8 become \\xff and the like."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _reason(item: Document | Rejected, num_bytes: int, filters: Filters) -> str | None:
@@ -165,10 +207,10 @@ def _describe(document: Document, part: Part, begin: int, end: int, *, has_signa
     if document.group and not document.is_root:
         is_folder = Path(document.group).is_relative_to(part.root)
         name = os.path.relpath(document.group, part.root) if is_folder else document.group
-        side = blake2b(name.encode(), digest_size=16).digest()
+        side = blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()
     return Kept(
-        source=document.source,
-        group=document.group,
+        source=printable(document.source),
+        group=printable(document.group),
         license=document.license,
         begin=begin,
         end=end,
@@ -178,47 +220,47 @@ def _describe(document: Document, part: Part, begin: int, end: int, *, has_signa
     )
 
 
-def ngram_stage(directory: Path, number: int, first: int, size: int) -> None:
-    """The distinct n-grams of the held-out documents of a part. first: the number of its first document."""
+def ngram_stage(directory: Path, piece: str, first: int, size: int) -> None:
+    """The distinct n-grams of the held-out documents of a piece. first: the number of its first document."""
     work = Work(directory)
-    kept = work.read(number).kept
+    kept = work.read(piece).kept
     fates = work.fates()[first : first + len(kept)]
-    texts = work.texts(number, [document for document, fate in zip(kept, fates, strict=True) if fate == HELD_OUT])
+    texts = work.texts(piece, [document for document, fate in zip(kept, fates, strict=True) if fate == HELD_OUT])
     found = [np.empty(0, np.uint64), *(ngrams(text, size) for text in texts)]
-    save_array(work.file("ngrams", number, "npy"), np.unique(np.concatenate(found)))
+    save_array(work.file("ngrams", piece, "npy"), np.unique(np.concatenate(found)))
 
 
-def overlap_stage(directory: Path, number: int, first: int, size: int) -> None:
-    """Which documents of a part share which of the n-grams in ngrams.npy: int64 [hits, 2] of places in both."""
+def overlap_stage(directory: Path, piece: str, first: int, size: int) -> None:
+    """Which documents of a piece share which of the n-grams in ngrams.npy: int64 [hits, 2] of places in both."""
     work = Work(directory)
-    kept = work.read(number).kept
+    kept = work.read(piece).kept
     fates = work.fates()[first : first + len(kept)]
     wanted = np.load(work.directory / "ngrams.npy", mmap_mode="r")
     places = [place for place, fate in enumerate(fates) if fate == TRAIN]
     hits = [np.empty((0, 2), np.int64)]
-    for place, text in zip(places, work.texts(number, [kept[place] for place in places]), strict=True):
+    for place, text in zip(places, work.texts(piece, [kept[place] for place in places]), strict=True):
         own = np.unique(ngrams(text, size))
         where = np.minimum(np.searchsorted(wanted, own), len(wanted) - 1)
         shared = where[wanted[where] == own]
         hits.append(np.column_stack((np.full(len(shared), place), shared)))
-    save_array(work.file("overlap", number, "npy"), np.concatenate(hits))
+    save_array(work.file("overlap", piece, "npy"), np.concatenate(hits))
 
 
-def token_stage(directory: Path, number: int, first: int, tokenizer_directory: Path) -> None:
-    """Tokenise the documents of a part that stay; each ends with <|endoftext|>. Lengths are 0 for the others."""
+def token_stage(directory: Path, piece: str, first: int, tokenizer_directory: Path) -> None:
+    """Tokenise the documents of a piece that stay; each ends with <|endoftext|>. Lengths are 0 for the others."""
     work, tokenizer = Work(directory), _tokenizer(tokenizer_directory)
-    kept = work.read(number).kept
+    kept = work.read(piece).kept
     fates = work.fates()[first : first + len(kept)]
     end, dtype = tokenizer.control_id("<|endoftext|>"), token_type(tokenizer.vocab_size)
     lengths = np.zeros(len(kept), np.int64)
-    pieces = [b""]
-    for place, text in enumerate(work.texts(number, kept)):
+    tokens: list[bytes] = []
+    for place, text in enumerate(work.texts(piece, kept)):
         if fates[place] in (TRAIN, HELD_OUT):
             token_ids = [*tokenizer.encode(text), end]
             lengths[place] = len(token_ids)
-            pieces.append(np.asarray(token_ids, dtype).tobytes())
-    write_file(work.file("tokens", number, "bin"), b"".join(pieces))
-    save_array(work.file("tokens", number, "npy"), lengths)
+            tokens.append(np.asarray(token_ids, dtype).tobytes())
+    write_file(work.file("tokens", piece, "bin"), b"".join(tokens))
+    save_array(work.file("tokens", piece, "npy"), lengths)
 
 
 @lru_cache(maxsize=1)
