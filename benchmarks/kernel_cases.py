@@ -44,7 +44,7 @@ QUANTIZED: dict[str, tuple[Format, int]] = {  # with the group size
 }
 BF16, INT8 = "bfloat16", "int8"
 FORMATS = (BF16, *QUANTIZED)
-OPERATIONS = ("index_select", "mla_sparse", "linear", "moe_experts")
+OPERATIONS = ("index_select", "mla_sparse", "mla_sparse_backward", "linear", "moe_experts")
 
 Run = Callable[[], object]
 
@@ -87,6 +87,7 @@ def all_cases(operations: Sequence[str], quick: bool) -> list[Case]:
     makers = {
         "index_select": index_select_cases,
         "mla_sparse": mla_sparse_cases,
+        "mla_sparse_backward": mla_sparse_backward_cases,
         "linear": linear_cases,
         "moe_experts": moe_experts_cases,
     }
@@ -216,6 +217,38 @@ def _check_mla_sparse(config: GlmConfig, cache: str, num_tokens: int) -> str | N
     found = ops.mla_sparse(query, pool, selection, scale, latent)
     expected = ops.mla_sparse.specification(query.double(), _plain(pool).double(), selection, scale, latent)
     return _judge(found, expected, torch.bfloat16)
+
+
+def mla_sparse_backward_cases() -> list[Case]:
+    """Training, in fp32: 64 tokens of a long row."""
+    return [_mla_sparse_backward_case(model) for model in MODELS]
+
+
+def _mla_sparse_backward_case(model: str) -> Case:
+    config, num_tokens = MODELS[model](), 64
+    heads, latent, num_selected = config.num_attention_heads, config.kv_lora_rank, config.index_topk
+    width = latent + config.qk_rope_head_dim
+
+    def arguments(num_tokens: int) -> tuple[Any, ...]:
+        ((query, latents, chosen, scale, _),) = _mla_arguments(config, BF16, num_tokens, 1, 1)
+        return query.float(), _plain(latents).float(), chosen, torch.randn(num_tokens, heads, latent), scale
+
+    def check() -> str | None:
+        small = arguments(9)
+        wide = [each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in small]
+        pairs = zip(ops.mla_sparse_backward(*small), ops.mla_sparse_backward.specification(*wide), strict=True)
+        return next((wrong for found, expected in pairs if (wrong := _judge(found, expected, torch.float32))), None)
+
+    return Case(
+        name=f"mla_sparse_backward {model}, {num_selected} rows, {num_tokens} tokens",
+        operation="mla_sparse_backward",
+        products="float32",
+        num_bytes=4 * (num_tokens * num_selected * width * 3 + num_tokens * heads * (2 * width + latent)),
+        num_operations=2 * num_tokens * heads * num_selected * (3 * width + 2 * latent),
+        prepare=lambda: [in_turn(ops.mla_sparse_backward, [arguments(num_tokens)])],
+        check=check,
+        is_quick=False,
+    )
 
 
 def _pool(values: Tensor, cache: str, rounded_dim: int, group_size: int, copies: int) -> Pool:

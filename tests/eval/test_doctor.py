@@ -57,7 +57,7 @@ def test_a_healthy_model_passes(directory: Path, dtype: str) -> None:
     assert not report.failed
     ran = {line.operation for line in report.lines}
     operations = set(registry.names())
-    not_run = ("indexer_loss", "mla_expanded")  # one of training, one for more than 64 tokens at once
+    not_run = ("indexer_loss", "mla_expanded", "mla_sparse_backward")  # of training; for more than 64 tokens at once
     assert ran == (operations - set(not_run)) | {"attention layer", "logits"}
     assert report.not_run == not_run
     shown = " ".join(text(report).split())

@@ -157,6 +157,7 @@ def test_the_operations_of_the_model_are_registered() -> None:
         "mla_dense",
         "mla_expanded",
         "mla_sparse",
+        "mla_sparse_backward",
         "moe_experts",
         "moe_route",
         "rms_norm",

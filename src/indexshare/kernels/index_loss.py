@@ -19,8 +19,9 @@ from indexshare.kernels import ops
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.registry import operation
 
-# Of a tile's buffers. Fewer read the keys of a long row again for every few tokens, more leave a processor's cache.
+# Of a tile's buffers: more leave a processor's cache. Fewer tokens read the keys of a long row again too often.
 CPU_TILE_NUMBERS = 2**21
+CPU_TILE_TOKENS = 4
 
 
 @operation
@@ -135,14 +136,15 @@ def _tiles(
     wide = _wide(query)
     num_heads = max(query.shape[1], attention_query.shape[1])
     budget = runtime.settings().workspace_bytes // 4 // wide.itemsize
-    if query.device.type == "cpu":
-        budget = min(budget, CPU_TILE_NUMBERS)
     first = 0
     for b, tokens in enumerate(asked):
         num_keys = layout.context_lengths[b] if selection is None else selection.shape[1]
         gathered = 0 if selection is None else 2 * (keys.shape[1] + latents.shape[1])
         # A row of each buffer below: about 6 of one number for a key, 3 for each head.
-        size = max(1, budget // (num_keys * (6 + gathered + 3 * num_heads)))
+        per_token = num_keys * (6 + gathered + 3 * num_heads)
+        size = max(1, budget // per_token)
+        if query.device.type == "cpu":
+            size = min(size, max(CPU_TILE_TOKENS, CPU_TILE_NUMBERS // per_token))
         group = max(1, min(num_heads, (budget // num_keys - 6 - gathered) // 3)) if size == 1 else num_heads
         for begin in range(0, len(tokens), size):
             some = tokens[begin : begin + size]

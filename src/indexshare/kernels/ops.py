@@ -258,25 +258,40 @@ class _SparseAttention(torch.autograd.Function):
         ctx.save_for_backward(query, latents, selection)
         ctx.scale, ctx.latent_dim = scale, latent_dim
         with _full_precision(query):
-            return _attend_selected(query, latents, selection, scale, latent_dim)
+            result: Tensor = mla_sparse(
+                query, latents, selection, scale, latent_dim
+            )  # without gradients: a twin may run
+            return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         query, latents, selection = ctx.saved_tensors
-        wide, width = _compute_dtype(query), query.shape[-1]
-        latents_gradient = latents.new_zeros(latents.shape, dtype=wide)
-        query_gradient = torch.empty_like(query)
         with _full_precision(query):
-            for place, rows, gathered, chosen in _selected_tiles(query, latents, selection, ctx.scale):
-                out_THC = gradients[0][place].to(wide)
-                by_choice = out_THC @ gathered[..., : ctx.latent_dim].transpose(1, 2)
-                by_score = ctx.scale * chosen * (by_choice - (chosen * by_choice).sum(-1, keepdim=True))
-                query_gradient[place] = (by_score @ gathered).to(query.dtype)
-                # Each row serves as key (through the scores) and, in its first C numbers, as value.
-                sources = torch.cat((query[place].to(wide), F.pad(out_THC, (0, width - ctx.latent_dim))), dim=1)
-                torch.bmm(torch.cat((by_score, chosen), dim=1).transpose(1, 2), sources, out=gathered)
-                latents_gradient.index_add_(0, rows.flatten(), gathered.flatten(0, 1))
-        return query_gradient, latents_gradient.to(latents.dtype), None, None, None
+            slopes = mla_sparse_backward(query, latents, selection, gradients[0], ctx.scale)
+        return *slopes, None, None, None
+
+
+@operation
+def mla_sparse_backward(
+    query: Tensor, latents: Tensor, selection: Tensor, gradient: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of query [T, H, W] and latents [R, W] from that of what `mla_sparse` made of them, [T, H, C].
+
+    They have the dtypes of query and latents; sums are in fp32.
+    """
+    wide, (width, latent_dim) = _compute_dtype(query), (query.shape[-1], gradient.shape[-1])
+    latents_gradient = latents.new_zeros(latents.shape, dtype=wide)
+    query_gradient = torch.empty_like(query)
+    for place, rows, gathered, chosen in _selected_tiles(query, latents, selection, scale):
+        out_THC = gradient[place].to(wide)
+        by_choice = out_THC @ gathered[..., :latent_dim].transpose(1, 2)
+        by_score = scale * chosen * (by_choice - (chosen * by_choice).sum(-1, keepdim=True))
+        query_gradient[place] = (by_score @ gathered).to(query.dtype)
+        # Each row serves as key (through the scores) and, in its first C numbers, as value.
+        sources = torch.cat((query[place].to(wide), F.pad(out_THC, (0, width - latent_dim))), dim=1)
+        torch.bmm(torch.cat((by_score, chosen), dim=1).transpose(1, 2), sources, out=gathered)
+        latents_gradient.index_add_(0, rows.flatten(), gathered.flatten(0, 1))
+    return query_gradient, latents_gradient.to(latents.dtype)
 
 
 @operation

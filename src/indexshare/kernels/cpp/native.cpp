@@ -11,6 +11,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "mla_sparse.h"
+#include "mla_sparse_backward.h"
 #include "model.h"
 #include "moe.h"
 
@@ -170,6 +171,24 @@ void mla_sparse(
   mla_sparse_all(a);
 }
 
+// All fp32. latents_gradient: [parts, R, W], zeros.
+void mla_sparse_backward(
+    const Tensor& query, const Tensor& latents, const Tensor& selection, const Tensor& gradient, double scale, const Tensor& query_gradient,
+    const Tensor& latents_gradient) {
+  MlaSparse a{};
+  a.query = query.data_ptr();
+  a.latents = latents.data_ptr();
+  a.selection = data<int32_t>(selection);
+  a.num_tokens = query.size(0);
+  a.num_selected = selection.size(1);
+  a.num_heads = int(query.size(1));
+  a.width = int(query.size(2));
+  a.latent_dim = int(gradient.size(2));
+  a.scale = float(scale);
+  const MlaSparseBackward b{a, data<float>(gradient), mutable_data<float>(query_gradient)};
+  mla_sparse_backward_all(b, latents_gradient.size(0), latents_gradient.size(1), mutable_data<float>(latents_gradient));
+}
+
 // positions int64 [T] -> cos and sin fp32 [T, rope/2].
 void rope_table(const Tensor& positions, double theta, const Tensor& cos, const Tensor& sin) {
   fill_rope_table(data<int64_t>(positions), positions.numel(), theta, cos.size(1), mutable_data<float>(cos), mutable_data<float>(sin));
@@ -221,6 +240,9 @@ LIBRARY_OF(INDEXSHARE_OPERATORS, m) {
       "index_select(Tensor query, Tensor weights, Tensor keys, Tensor page_table, int page_size, int first_row, "
       "int context, Tensor(a!) selection) -> bool");
   m.def("mla_sparse(Tensor query, Tensor latents, int group, Tensor selection, float scale, Tensor(a!) output) -> ()");
+  m.def(
+      "mla_sparse_backward(Tensor query, Tensor latents, Tensor selection, Tensor gradient, float scale, "
+      "Tensor(a!) query_gradient, Tensor(b!) latents_gradient) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) output) -> ()");
   m.def("rope_table(Tensor positions, float theta, Tensor(a!) cos, Tensor(b!) sin) -> ()");
   m.def(
@@ -236,6 +258,7 @@ IMPLEMENTATIONS_OF(INDEXSHARE_OPERATORS, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts));
   m.impl("index_select", TORCH_BOX(&index_select));
   m.impl("mla_sparse", TORCH_BOX(&mla_sparse));
+  m.impl("mla_sparse_backward", TORCH_BOX(&mla_sparse_backward));
   m.impl("rms_norm", TORCH_BOX(&rms_norm_rows));
   m.impl("rope_table", TORCH_BOX(&rope_table));
   m.impl("run_model", TORCH_BOX(&run_model));
