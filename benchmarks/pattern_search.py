@@ -2,6 +2,7 @@
 
     python benchmarks/pattern_search.py                  all parts, about 8 minutes on two cores that do nothing else
     python benchmarks/pattern_search.py --parts planted,graded --json out.json
+    python benchmarks/pattern_search.py --parts graded --layers 12 --seeds 1       the smallest, a minute
 
 planted: layers that may share by construction, so that the right pattern is known. graded: the same, each layer away
 from that by a share of its own, so that nothing shares for nothing. nano: the shipped model with an indexer in every
@@ -14,6 +15,7 @@ import statistics
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +32,11 @@ from indexshare.model import native
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
 from indexshare.share.attach import attach_indexers
-from indexshare.share.calibration import CalibrationRow, PatternRunner
+from indexshare.share.calibration import CalibrationRow, PatternRunner, batch_tensors
 from indexshare.share.search import Method, PatternSearch, SearchResult
 from indexshare.train.losses import step_loss
 
 PLANTED = {12: "FSSFSSFSFSSS", 16: "FSSFSFSFSSFSFSSS", 24: "FSSFSSFSFSSSFFSSSSFSFSSS"}
-SEEDS = 3
 STEPS = 60
 TOPK, LENGTH, NANO_ROWS = 64, 512, 8
 PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
@@ -44,7 +45,7 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multipr
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One search of one model. costs are nats a token above the loss with all indexers, on the calibration rows and on
-    others; work is a share of that of the plain algorithm."""
+    others; work is a share of that of the plain algorithm, in both with the output matrix and the start."""
 
     part: str
     method: str
@@ -58,15 +59,22 @@ class Line:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="planted,graded,nano", help="which, with commas")
+    parser.add_argument("--layers", default="12,16,24", help="sizes of planted and graded models, with commas")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind, or sets of rows")
     parser.add_argument("--json", type=Path, help="write every line")
     options = parser.parse_args()
     native.enable()
     runtime.set_threads()
-    parts = {"planted": planted_part, "graded": graded_part, "nano": nano_part}
+    sizes = [int(number) for number in options.layers.split(",")]
+    parts = {
+        "planted": partial(planted_part, sizes),
+        "graded": partial(graded_part, [number for number in sizes if number < 24]),
+        "nano": nano_part,
+    }
     console = Console()
     lines: list[Line] = []
     for name in options.parts.split(","):
-        for line in parts[name]():
+        for line in parts[name](options.seeds):
             costs = f"{line.cost:.4f} {line.cost_elsewhere:.4f}"
             console.print(f"{line.part:10} {line.method:8} {line.pattern} {costs} {line.work:.3f}")
             lines.append(line)
@@ -75,10 +83,11 @@ def main() -> None:
         options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
 
 
-def planted_part() -> Iterator[Line]:
+def planted_part(sizes: list[int], seeds: int) -> Iterator[Line]:
     """Keeps as many indexers as were planted."""
-    for num_layers, pattern in PLANTED.items():
-        for seed in range(SEEDS):
+    for num_layers in sizes:
+        pattern = PLANTED[num_layers]
+        for seed in range(seeds):
             model = planted_model(pattern, seed)
             rows = own_answers(model, 8, 64, seed)
             keep = f"{pattern.count('F')}/{num_layers}"
@@ -87,24 +96,24 @@ def planted_part() -> Iterator[Line]:
             )
 
 
-def graded_part() -> Iterator[Line]:
-    for num_layers in (12, 16):
+def graded_part(sizes: list[int], seeds: int) -> Iterator[Line]:
+    for num_layers in sizes:
         for spread in (0.5, 1.0):
-            for seed in range(SEEDS):
+            for seed in range(seeds):
                 model = planted_model(PLANTED[num_layers], seed, spread)
                 rows, others = own_answers(model, 12, 64, seed), own_answers(model, 24, 64, seed + 100)
                 yield from compare(f"graded {num_layers}", model, rows, others, "1/4")
 
 
-def nano_part() -> Iterator[Line]:
-    model, data = nano_with_indexers()
-    for seed in range(SEEDS):
+def nano_part(seeds: int) -> Iterator[Line]:
+    model, data = nano_with_indexers(seeds)
+    for seed in range(seeds):
         taken = [data.batch(index, 1) for index in range(seed * 2 * NANO_ROWS, (seed + 1) * 2 * NANO_ROWS)]
         rows = tuple(CalibrationRow.from_batch(batch, torch.device("cpu")) for batch in taken)
         yield from compare("nano", model, rows[:NANO_ROWS], rows[NANO_ROWS:], "1/4")
 
 
-def nano_with_indexers() -> tuple[GlmForCausalLM, TokenRows]:
+def nano_with_indexers(seeds: int = 3) -> tuple[GlmForCausalLM, TokenRows]:
     """nano with eight indexers, the four new ones trained against dense attention; all else is as shipped."""
     directory = packaged_model()
     loaded = load_model(directory, dtype=torch.float32)
@@ -121,7 +130,7 @@ def nano_with_indexers() -> tuple[GlmForCausalLM, TokenRows]:
     for parameter in new.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(new.values(), lr=3e-3, weight_decay=0.0)
-    first = 2 * NANO_ROWS * SEEDS
+    first = 2 * NANO_ROWS * seeds
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         train_step(model, data.batch(first + step, 1), optimizer)
@@ -129,17 +138,10 @@ def nano_with_indexers() -> tuple[GlmForCausalLM, TokenRows]:
 
 
 def train_step(model: GlmForCausalLM, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
-    token_ids, targets, positions, weights = (
-        torch.from_numpy(array).flatten()
-        for array in (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
-    )
     with registry.specifications():
         losses = step_loss(
             model,
-            token_ids,
-            targets,
-            positions,
-            weights,
+            *batch_tensors(batch, torch.device("cpu")),
             batch.segment_starts,
             attention="dense",
             trains="indexer",
@@ -170,7 +172,7 @@ def compare(
             pattern=pattern,
             cost=loss - result.start_loss,
             cost_elsewhere=elsewhere.loss(elsewhere.run(pattern, base)) - elsewhere.loss(base),
-            work=result.layer_tokens / result.plain_layer_tokens if method != "equal" else 0.0,
+            work=result.work / result.plain_work if method != "equal" else 0.0,
             is_planted=None if planted is None else pattern == planted,
         )
 

@@ -20,6 +20,7 @@ from indexshare.kernels.layout import KeyLayout
 from indexshare.model import recipes
 from indexshare.model.batch import ForwardBatch
 from indexshare.model.glm import GlmForCausalLM
+from indexshare.model.inspect import token_work
 from indexshare.share.calibration import (
     CalibrationRow,
     PatternRunner,
@@ -28,6 +29,7 @@ from indexshare.share.calibration import (
     own_pattern,
     read_rows,
     sharing,
+    weights_fingerprint,
 )
 
 STARTS = (0, 23, 50, 60)
@@ -86,7 +88,8 @@ def test_what_a_kept_boundary_saves_changes_no_bit(memory_bytes: int) -> None:
 def test_work_is_layers_from_the_nearest_kept_boundary() -> None:
     runner = PatternRunner(model=full_model(), rows=rows(2))
     base = runner.run("FFFFFF")
-    assert runner.work.layer_tokens == 2 * 60 * 6
+    assert runner.work.layer_tokens == 2 * 60 * 6 and runner.work.head_tokens == 2 * 58
+    assert runner.total_work(runner.work) == runner.pass_work() == 2 * 60 * 6 + runner.head_layers * 2 * 58
     runner.run("FFFFSF", base)
     assert runner.work.layer_tokens == 2 * 60 * (6 + 2)
     every_third = PatternRunner(
@@ -95,6 +98,36 @@ def test_work_is_layers_from_the_nearest_kept_boundary() -> None:
     assert every_third.boundary_stride == 3
     every_third.run("FFFFSF", every_third.run("FFFFFF"))
     assert every_third.work.layer_tokens == 2 * 60 * (6 + 3)
+    assert every_third.pass_work(4) == 2 * 60 * 3 + runner.head_layers * 2 * 58, "from layer 3 on"
+
+
+def test_the_head_counts_as_layers_of_its_flop() -> None:
+    """Of GLM-5.2: 154,880 x 6,144 numbers beside half a billion activated in a layer."""
+    with torch.device("meta"):
+        model = GlmForCausalLM(recipes.glm_5_2())
+    config = model.config
+    row = CalibrationRow(
+        token_ids=torch.zeros(4096),
+        targets=torch.zeros(4096),
+        positions=torch.zeros(4096),
+        layout=KeyLayout.packed((0, 4096)),
+    )
+    runner = PatternRunner(model=model, rows=(row,))
+    of_a_layer = (token_work(config, 2048).total - 2 * config.vocab_size * config.hidden_size) / 78
+    assert runner.head_layers == pytest.approx(2 * config.vocab_size * config.hidden_size / of_a_layer)
+    assert 1 < runner.head_layers < 3
+
+
+def test_any_changed_weight_is_another_model() -> None:
+    model = full_model()
+    before = weights_fingerprint(model)
+    assert before == weights_fingerprint(full_model())
+    indexer = model.stack.layers[4].self_attn.indexer
+    assert indexer is not None
+    with torch.no_grad():
+        indexer.k_norm.bias[3] += 1e-6
+    assert weights_fingerprint(model) != before
+    assert len({weights_fingerprint(full_model().to(dtype)) for dtype in (torch.float32, torch.bfloat16)}) == 2
 
 
 def test_attention_runs_over_gathered_rows_as_in_inference() -> None:

@@ -2,23 +2,29 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from indexshare.data.rows import Batch
 from indexshare.engine.llm import load
 from indexshare.engine.resolve import packaged_model
-from indexshare.errors import ConfigError
+from indexshare.errors import ConfigError, IndexShareError
 from indexshare.model import recipes
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
-from indexshare.share import convert
+from indexshare.share import convert, distill
 from indexshare.share.attach import attach_indexers
+from indexshare.share.calibration import CalibrationRow
 from indexshare.share.convert import convert_model
 from indexshare.share.distill import Schedule
-from indexshare.train import export
+from indexshare.share.index_quality import IndexQuality, measure_indexers
+from indexshare.share.search import PatternSearch
+from indexshare.train import export, loop
 
 WORDS = "def return self value for in range if not else none true false class import from with as yield".split()
 SHORT = Schedule(
@@ -58,6 +64,9 @@ def test_a_model_with_all_indexers_becomes_one_with_few(source: Path, texts: Pat
     page = (output / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
     assert f"{result.variants[3].loss:.4f}" in page and pattern in page
+    assert "had 6 indexers; the result runs 2 in 6 layers" in page and result.pattern == "FFFFFF"
+    for said in (written["distillation"], json.loads((output / "distillation.json").read_bytes())):
+        assert Path(said["output"]) == output and said["pattern"] == pattern
 
     config = GlmConfig.from_json(output)
     assert "".join("F" if config.is_full(layer) else "S" for layer in range(6)) == pattern
@@ -81,11 +90,66 @@ def test_what_was_stopped_goes_on(source: Path, texts: Path, tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="begun with other values of keep, rows"):
         convert_model(str(source), [texts], tmp_path / "out", keep="1/2", num_rows=3, schedule=SHORT)
+    (texts / "more.txt").write_text("value " * 500)
+    with pytest.raises(ConfigError, match="begun with other values of data"):
+        convert_model(str(source), [texts], tmp_path / "out", keep="1/3", num_rows=2, schedule=SHORT)
+    (texts / "more.txt").unlink()
     monkeypatch.setattr(convert, "distill_model", stop)
     monkeypatch.setattr(convert, "measure_overlap", stop)
     resumed = convert_model(str(source), [texts], tmp_path / "out", keep="1/3", num_rows=2, schedule=SHORT)
     assert resumed.search.removals == whole.search.removals
     assert resumed.variants == whole.variants and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_rows_of_search_and_report_are_not_trained_on(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `PatternSearch` and `measure_indexers` are given, against all that training reads."""
+    searched: list[tuple[int, ...]] = []
+    measured: list[tuple[int, ...]] = []
+    trained: set[tuple[int, ...]] = set()
+
+    class Watched(PatternSearch):
+        def __init__(self, model: GlmForCausalLM, rows: tuple[CalibrationRow, ...], **options: Any) -> None:
+            searched.extend(tuple(row.token_ids.tolist()) for row in rows)
+            super().__init__(model, rows, **options)
+
+    def watched_measure(model: GlmForCausalLM, batches: Sequence[Batch], **options: Any) -> IndexQuality:
+        measured.extend(tuple(batch.token_ids[0].tolist()) for batch in batches)
+        return measure_indexers(model, batches, **options)
+
+    def watched_train(*arguments: Any, batches: Any, **options: Any) -> Any:
+        for step in range(200):  # more than it asks for: all rows there are
+            trained.update(tuple(row) for row in batches(step).token_ids.tolist())
+        return loop.train(*arguments, batches=batches, **options)
+
+    monkeypatch.setattr(convert, "PatternSearch", Watched)
+    monkeypatch.setattr(distill, "measure_indexers", watched_measure)
+    monkeypatch.setattr(distill, "train", watched_train)
+    convert_model(str(source), [texts], tmp_path / "out", keep="1/3", num_rows=2, schedule=SHORT)
+    assert (len(searched), len(set(measured))) == (2, 3) and len(trained) > 10
+    pieces = {row[begin : begin + 8] for row in trained for begin in range(40)}
+    for row in searched + measured:
+        assert not pieces & {row[begin : begin + 8] for begin in range(40)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_rows": 0}, "rows must be at least 1"),
+        ({"num_rows": 10_000}, "fewer with --held-out-rows and --rows"),
+        ({"num_blocks": 7}, "blocks must be from 1 to 6"),
+        ({"keep": "1"}, "are 6 indexers, and the model has 6"),
+        ({"sources": ["missing.txt"]}, "missing.txt"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    source: Path, texts: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    arguments = {"sources": [texts], "output": tmp_path / "out", "schedule": SHORT, "num_rows": 2, **options}
+    with pytest.raises(IndexShareError, match=said):
+        convert_model(str(source), **arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_indexers_gets_some_first(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -119,13 +183,14 @@ def test_a_model_without_indexers_gets_some_first(source: Path, texts: Path, tmp
     output = tmp_path / "out"
     result = convert_model(str(dense), [texts], output, keep="1/2", num_rows=2, schedule=SHORT)
     assert result.search.start_pattern == "FFFF" and result.search.pattern.count("F") == 2
+    names = [(variant.name, variant.pattern) for variant in result.variants[:2]]
+    assert names == [("as it was: dense attention", None), ("an indexer in every layer", "FFFF")]
+    page = (output / "report.html").read_text()
+    assert "had no indexers, and attended to all keys; the result runs 2 in 4 layers" in page
+    assert result.pattern is None and "in place of" not in page
+    assert Path(json.loads((output / "report.json").read_bytes())["distillation"]["output"]) == output
     assert json.loads((output / "config.json").read_text())["model_type"] == "glm_moe_dsa"
     assert load(output, device="cpu").generate("def value", max_new_tokens=4, temperature=0.0).token_ids
-
-
-def test_a_model_that_shares_already_is_refused(source: Path, texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has 6 indexers in 6 layers already"):
-        convert_model(str(source), [texts], tmp_path / "out", keep="1", schedule=SHORT)
 
 
 def test_several_processes_would_write_the_same_run(

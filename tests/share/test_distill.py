@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +19,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from indexshare.chat.tokenizer import Tokenizer
 from indexshare.data.rows import Batch, TokenRows
 from indexshare.engine.resolve import packaged_model
-from indexshare.errors import ConfigError, TrainingError
+from indexshare.errors import ConfigError, IndexShareError, MemoryLimitError, TrainingError
 from indexshare.model import recipes
+from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
 from indexshare.share import distill
-from indexshare.share.attach import attach_indexers
-from indexshare.share.distill import HeldOutRows, Schedule, distill_model, join_batches, render, stages
+from indexshare.share.distill import IndexSizes, Schedule, StoppedError, distill_model, render, stages
 from indexshare.share.index_quality import IndexQuality, measure_indexers
+from indexshare.share.split import split_rows
 from indexshare.train import export
 from indexshare.train.losses import step_loss
+from indexshare.train.optim import build_optimizers
 
 LENGTH = 48
 WORDS = "def return self value for in range if not else none true false class import from with as yield".split()
@@ -182,41 +189,76 @@ def test_the_cross_layer_loss_serves_the_shared_layer() -> None:
 # --- data
 
 
-def test_held_out_rows_are_never_trained_on() -> None:
-    rows = TokenRows(np.arange(1000), np.array([0]), length=10, seed=3)
-    data = HeldOutRows(rows, 5)
-    held_out = {int(batch.token_ids[0, 0]) for batch in data.held_out()}
-    seen = [int(first) for step in range(100) for first in data.batch(step, 4).token_ids[:, 0]]
-    assert len(held_out) == 5 and not held_out & set(seen)
-    assert len(set(seen)) == rows.num_rows - 5
-    assert data.fingerprint() != HeldOutRows(rows, 6).fingerprint()
-    with pytest.raises(TrainingError, match="give more data"):
-        HeldOutRows(rows, rows.num_rows)
-
-
-def test_joined_rows_are_those_of_a_larger_batch() -> None:
-    rows = TokenRows(np.arange(1000), np.array([0, 17, 25, 400]), length=10, seed=3)
-    joined, whole = join_batches([rows.batch(index, 1) for index in range(6)]), rows.batch(0, 6)
-    assert joined.segment_starts == whole.segment_starts
-    for name in ("token_ids", "targets", "positions", "loss_weights"):
-        assert np.array_equal(getattr(joined, name), getattr(whole, name))
-
-
 def test_rows_must_be_longer_than_the_choice(source: Path, texts: Path, tmp_path: Path) -> None:
     schedule = Schedule(warmup_steps=1, sparse_steps=0, length=8)
     with pytest.raises(TrainingError, match="longer than index_topk"):
-        distill_model(str(source), [texts], tmp_path / "out", freq=4, schedule=schedule)
-    assert not (tmp_path / "out").exists()
+        distill_model(str(source), [texts], tmp_path / "new" / "out", freq=4, schedule=schedule)
+    assert not list(tmp_path.iterdir()), "what is refused leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sources": ["missing.txt"]}, "missing.txt"),
+        ({"pattern": "FFFFF"}, "5 entries for 6 layers"),
+        ({"sizes": IndexSizes(topk=0)}, "index_topk must be greater than 0"),
+        ({"schedule": Schedule(length=48, held_out_rows=10_000)}, "fewer with --held-out-rows"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    source: Path, texts: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    arguments = {"sources": [texts], "output": tmp_path / "out", "pattern": "FFSSFS", "schedule": SHORT, **options}
+    with pytest.raises(IndexShareError, match=said):
+        distill_model(str(source), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and the optimizers' buffers: those of the memory that a step really holds."""
+    config = GlmConfig.from_json(source)
+    model = GlmForCausalLM(config)
+    optimizers = build_optimizers(
+        model, config, learning_rate_muon=1e-3, learning_rate_adamw=1e-3, weight_decay=0.0, muon_dtype=torch.float32
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    held = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), *states]
+    needed = sum({id(tensor): tensor.nbytes for tensor in held if torch.is_tensor(tensor)}.values())
+    with monkeypatch.context() as patch:
+        patch.setattr("indexshare.runtime.available_memory_bytes", lambda device: 1000)
+        patch.setattr(distill, "load_model", None)
+        with pytest.raises(MemoryLimitError, match="--only-indexers") as raised:
+            distill_model(str(source), [texts], tmp_path / "out", freq=4, schedule=SHORT)
+    said = int(re.search(r"take ([\d,]+) bytes", str(raised.value))[1].replace(",", ""))
+    assert said == pytest.approx(needed, rel=0.05)
+    monkeypatch.setattr("indexshare.runtime.available_memory_bytes", lambda device: said - 1)
+    only = replace(SHORT, only_indexers=True, warmup_steps=1, sparse_steps=0)
+    distill_model(str(source), [texts], tmp_path / "out", freq=4, schedule=only)
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(source: Path, texts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to"):
+    with pytest.raises(ConfigError, match=r"cannot write .*file/out-run: Not a directory"):
         distill_model(str(source), [texts], tmp_path / "file" / "out", freq=4, schedule=SHORT)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"warmup_steps": -1}, {"sparse_rate": 0.0}, {"warmup_end_rate": 1.0}, {"stride": 0}]
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"warmup_steps": -1},
+        {"sparse_rate": 0.0},
+        {"warmup_end_rate": 1.0},
+        {"stride": 0},
+        {"length": 0},
+        {"seed": -1},
+    ],
 )
 def test_a_schedule_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
@@ -262,16 +304,18 @@ def test_a_killed_distillation_goes_on_and_ends_the_same(
         assert process.wait() == -signal.SIGKILL
     assert not broken.exists()
     seen: list[int] = []
-    batch = HeldOutRows.batch
+    batch = TokenRows.batch
 
-    def terminating(self: HeldOutRows, step: int, batch_size: int) -> Batch:
+    def terminating(self: TokenRows, step: int, batch_size: int) -> Batch:
+        if batch_size == 1:  # to measure on
+            return batch(self, step, batch_size)
         seen.append(step)
         if step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step, batch_size)
 
-    monkeypatch.setattr(HeldOutRows, "batch", terminating)
-    with pytest.raises(TrainingError, match=r"sparse stage at step 4 of 6.*the same command goes on"):
+    monkeypatch.setattr(TokenRows, "batch", terminating)
+    with pytest.raises(StoppedError, match=r"stopped \(signal\) at step 4 of 6 of the sparse stage.*the same command"):
         distill_model(str(source), [texts], broken, pattern="FSSFSS", schedule=INTERRUPTED)
     assert seen[0] >= 4 and not broken.exists()
     monkeypatch.undo()
@@ -289,12 +333,54 @@ def given() -> list[tuple[str, float | int | bool]]:
     return [(name, getattr(INTERRUPTED, name)) for name in names]
 
 
-def test_a_run_does_not_go_on_with_other_data(source: Path, texts: Path, tmp_path: Path) -> None:
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_kill_while_the_model_is_written_leaves_one_directory_at_most(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often: the next start begins with removing it. And what is measured is measured before."""
     schedule = Schedule(warmup_steps=2, sparse_steps=0, length=LENGTH, batch_size=1, held_out_rows=2)
-    data = distill.open_rows([texts], distill.Tokenizer.from_directory(source), length=LENGTH)
-    student = attach_indexers(load_model(source, dtype=torch.float32), "FSSFSS")
-    distill._train(student, HeldOutRows(data, 2), schedule, LENGTH, tmp_path / "out-run", str(source))
+    unfinished = tmp_path / "out-run" / "unfinished"
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "write_json", interrupt)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as after SIGKILL
+        with pytest.raises(KeyboardInterrupt):
+            distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
+    assert (unfinished / "model.safetensors").is_file() and [path.name for path in tmp_path.iterdir()] == ["out-run"]
+    (unfinished / "stale").write_text("")
+    monkeypatch.setattr(distill, "_train", lambda *_: 0)
+    distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
+    assert not unfinished.exists() and not (tmp_path / "out" / "stale").exists()
+
+
+def test_what_is_measured_is_what_is_written(source: Path, texts: Path, tmp_path: Path) -> None:
+    result = distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=SHORT)
+    written = load_model(tmp_path / "out", dtype=torch.float32, quant="none")
+    rows = split_rows([texts], Tokenizer.from_directory(source), length=LENGTH, num_held_out=SHORT.held_out_rows)
+    assert measure_indexers(written, rows.held_out) == result.after
+
+
+def test_a_run_does_not_go_on_with_other_data_or_weights(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(warmup_steps=2, sparse_steps=0, length=LENGTH, batch_size=1, held_out_rows=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "_write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
     (texts / "more.txt").write_text("value " * 500)
     with pytest.raises(ConfigError, match="another recipe"):
         distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
     (texts / "more.txt").unlink()
+    other = GlmForCausalLM(recipes.tiny(vocab_size=4096))
+    other.init_weights(1)
+    kept = shutil.copytree(source, tmp_path / "kept")
+    try:
+        export.export_model(other, kept, source)
+        with pytest.raises(ConfigError, match="another recipe"):
+            distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
+    finally:
+        shutil.copytree(kept, source, dirs_exist_ok=True)
+    distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +15,7 @@ from indexshare.options import DEFAULT_LOAD, AsJson, LoadOptions, Model, require
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
     from indexshare.share.calibration import CalibrationRow
+    from indexshare.share.distill import StoppedError
 
 app = App(
     name="share",
@@ -46,7 +49,7 @@ class RowOptions:
         """The rows, on the model's device. Raises TrainingError for data that does not fill one."""
         from indexshare.share.calibration import read_rows
 
-        length = self.length or 4 * llm.config.index_topk
+        length = 4 * llm.config.index_topk if self.length is None else self.length
         return read_rows(data, llm.tokenizer, num_rows=self.rows, length=length, seed=self.seed, device=llm.device)
 
 
@@ -77,7 +80,7 @@ class DistillOptions:
     stride: int = 1
     """Indexers learn from every so manyth token: less work on long rows."""
     held_out_rows: int = 8
-    """Rows that are measured on before and after, and never trained on."""
+    """Rows that are measured on before and after, of documents that are not trained on."""
     checkpoint_every: int = 200
     """Steps between checkpoints, from which a stopped run goes on."""
     seed: int = 0
@@ -101,6 +104,16 @@ DEFAULT_DISTILL = DistillOptions()
 DEFAULT_INDEXERS = IndexerOptions()
 
 
+def say_stopped(stop: StoppedError, as_json: bool) -> None:
+    """As `indexshare train` ends when a signal stopped it: a sentence, and no error."""
+    from indexshare.terminal import print_json
+
+    if as_json:
+        print_json({"stopped": str(stop)})
+    else:
+        sys.stdout.write(f"{stop}\n")
+
+
 @app.command(help_epilogue="Example:\n\n    indexshare share overlap nano --data texts/ --output overlap")
 def overlap(
     model: Model,
@@ -120,18 +133,19 @@ def overlap(
     from indexshare.eval.progress import bar
     from indexshare.share.overlap import measure_overlap
     from indexshare.share.render import render_overlap
-    from indexshare.share.state import write_json
+    from indexshare.share.state import output_directory, write_json
     from indexshare.terminal import show
 
     with requires("train"):
         from indexshare.share.pictures import draw_overlap
 
-    llm = load.load(model)
-    with bar("overlap", "rows") as progress:
-        result = measure_overlap(llm.model, rows.read(llm, data), progress)
-    if output is not None:
-        write_json(output / "overlap.json", result)
-        draw_overlap(result, output / "overlap.png")
+    with output_directory(output) if output is not None else nullcontext():
+        llm = load.load(model)
+        with bar("overlap", "rows") as progress:
+            result = measure_overlap(llm.model, rows.read(llm, data), progress)
+        if output is not None:
+            write_json(output / "overlap.json", result)
+            draw_overlap(result, output / "overlap.png")
     show(result, render_overlap(result), as_json)
 
 
@@ -157,32 +171,35 @@ def search(
 
     Args:
         keep: Share of the layers that keep an indexer.
-        blocks: Blocks of layers that are searched in turn; the first indexer of each stays.
+        blocks: Blocks of layers that are searched in turn, of about the same length; each begins with an indexer, which
+            stays, as a pipeline stage has to.
         method: lazy measures the candidates that may win, greedy all of them each time, as in the paper.
-        output: Directory for the state, result.json and curve.png; by default runs/search-MODEL.
+        output: Directory for the state, result.json and curve.png; by default runs/search-MODEL, with - for each /.
     """
     from indexshare.eval.progress import bar
     from indexshare.share.render import render_search
     from indexshare.share.search import PatternSearch
+    from indexshare.share.state import output_directory
     from indexshare.terminal import show
 
     with requires("train"):
         from indexshare.share.pictures import draw_search
 
-    llm = load.load(model)
-    directory = output or Path("runs") / f"search-{model.rstrip('/').rpartition('/')[2]}"
-    calibration = rows.read(llm, data)
-    with bar("search", "candidates") as progress:
-        result = PatternSearch(
-            llm.model,
-            calibration,
-            keep=keep,
-            num_blocks=blocks,
-            method=method,
-            directory=directory,
-            progress=progress,
-        ).search()
-    draw_search(result, directory / "curve.png")
+    directory = output or Path("runs") / f"search-{model.strip('/').replace('/', '-')}"
+    with output_directory(directory):
+        llm = load.load(model)
+        calibration = rows.read(llm, data)
+        with bar("search", "rows") as progress:
+            result = PatternSearch(
+                llm.model,
+                calibration,
+                keep=keep,
+                num_blocks=blocks,
+                method=method,
+                directory=directory,
+                progress=progress,
+            ).search()
+        draw_search(result, directory / "curve.png")
     show(result, render_search(result), as_json)
 
 
@@ -209,7 +226,7 @@ def distill(
     """Give a model a pattern and train its indexers for the layers they serve; what was stopped goes on where it was.
 
     A model without indexers gets some. OUTPUT becomes a model directory with distillation.json in it: how well each
-    layer's attention was and is followed, and the loss, on held-out rows.
+    layer's attention was and is followed, and the loss, on held-out rows. It runs in one process.
 
     Args:
         output: Directory to write; nothing is overwritten. Checkpoints and logs are in OUTPUT-run beside it.
@@ -219,21 +236,24 @@ def distill(
         threads: CPU threads; by default all that this process may use.
     """
     from indexshare import runtime
-    from indexshare.share.distill import IndexSizes, Schedule, distill_model, render
+    from indexshare.share.distill import IndexSizes, Schedule, StoppedError, distill_model, render
     from indexshare.terminal import show
 
     runtime.set_threads(threads)
     sizes = IndexSizes(num_heads=indexers.index_heads, head_dim=indexers.index_head_dim, topk=indexers.index_topk)
-    result = distill_model(
-        model,
-        data,
-        output,
-        pattern=pattern,
-        freq=freq,
-        sizes=sizes,
-        schedule=Schedule(**vars(schedule)),
-        device=device,
-    )
+    try:
+        result = distill_model(
+            model,
+            data,
+            output,
+            pattern=pattern,
+            freq=freq,
+            sizes=sizes,
+            schedule=Schedule(**vars(schedule)),
+            device=device,
+        )
+    except StoppedError as stop:
+        return say_stopped(stop, as_json)
     show(result, render(result), as_json)
 
 
@@ -261,19 +281,20 @@ def convert(
     """All of it in order: overlap, search, distillation; ends in a model directory with report.html.
 
     What was stopped goes on when the same command is given again. A model without indexers gets one in every layer
-    first.
+    first. It runs in one process.
 
     Args:
         output: Directory to write; nothing is overwritten. The steps are in OUTPUT-run beside it.
         keep: Share of the layers that keep an indexer.
-        blocks: Blocks of layers that are searched in turn; the first indexer of each stays.
+        blocks: Blocks of layers that are searched in turn, of about the same length; each begins with an indexer, which
+            stays, as a pipeline stage has to.
         method: lazy measures the candidates that may win, greedy all of them each time, as in the paper.
-        rows: Rows of text for overlap and search.
+        rows: Rows of text for overlap and search, of documents that are not trained on.
         device: Where to train: auto, cpu, cuda, ...
         threads: CPU threads; by default all that this process may use.
     """
     from indexshare import runtime
-    from indexshare.share.distill import IndexSizes, Schedule
+    from indexshare.share.distill import IndexSizes, Schedule, StoppedError
     from indexshare.share.report import render_conversion
     from indexshare.terminal import show
 
@@ -282,16 +303,19 @@ def convert(
 
     runtime.set_threads(threads)
     sizes = IndexSizes(num_heads=indexers.index_heads, head_dim=indexers.index_head_dim, topk=indexers.index_topk)
-    result = convert_model(
-        model,
-        data,
-        output,
-        keep=keep,
-        num_blocks=blocks,
-        method=method,
-        num_rows=rows,
-        sizes=sizes,
-        schedule=Schedule(**vars(schedule)),
-        device=device,
-    )
+    try:
+        result = convert_model(
+            model,
+            data,
+            output,
+            keep=keep,
+            num_blocks=blocks,
+            method=method,
+            num_rows=rows,
+            sizes=sizes,
+            schedule=Schedule(**vars(schedule)),
+            device=device,
+        )
+    except StoppedError as stop:
+        return say_stopped(stop, as_json)
     show(result, render_conversion(result), as_json)

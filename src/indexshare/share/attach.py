@@ -19,22 +19,19 @@ RELEASED_TOPK = 2048
 ROWS_PER_TOPK = 8  # a model for short texts selects this share of them at least, so that there is something to select
 
 
-def attach_indexers(
-    model: GlmForCausalLM,
+def with_indexers(
+    config: GlmConfig,
     pattern: str,
     *,
     num_heads: int | None = None,
     head_dim: int | None = None,
     topk: int | None = None,
-    seed: int = 0,
-) -> GlmForCausalLM:
-    """A model with indexers exactly in the F layers of `pattern` (FFSF..., one letter a layer) and in the MTP layer.
+) -> GlmConfig:
+    """The configuration with indexers exactly in the F layers of `pattern`.
 
-    Indexers that are there stay; the others are new, drawn from `seed`. All weights are shared with `model`, which
-    stays as it is. num_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk, by default the model's, and
-    those of `default_sizes` for a model without indexers. Raises ConfigError for a pattern or sizes that do not fit.
+    num_heads, head_dim, topk: index_n_heads, index_head_dim and index_topk, by default the model's, and those of
+    `default_sizes` for a model without indexers. Raises ConfigError for a pattern or sizes that do not fit.
     """
-    config = model.config
     sizes = (config.index_n_heads, config.index_head_dim, config.index_topk)
     if not config.has_indexers:
         if not config.rope_interleave:
@@ -47,15 +44,32 @@ def attach_indexers(
         raise ConfigError(
             f"the model has indexers of {sizes[0]} heads of {sizes[1]}: new ones beside them must be of the same size"
         )
-    changed = replace(
+    return replace(
         config,
         model_type=WITH_INDEXERS,
-        index_n_heads=num_heads or sizes[0],
-        index_head_dim=head_dim or sizes[1],
-        index_topk=topk or sizes[2],
+        index_n_heads=sizes[0] if num_heads is None else num_heads,
+        index_head_dim=sizes[1] if head_dim is None else head_dim,
+        index_topk=sizes[2] if topk is None else topk,
         indexer_types=derive_indexer_types(config.num_hidden_layers, pattern=pattern),
         index_topk_pattern=pattern,
     )
+
+
+def attach_indexers(
+    model: GlmForCausalLM,
+    pattern: str,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    topk: int | None = None,
+    seed: int = 0,
+) -> GlmForCausalLM:
+    """A model with indexers exactly in the F layers of `pattern` (FFSF..., one letter a layer) and in the MTP layer.
+
+    Indexers that are there stay; the others are new, drawn from `seed`. All weights are shared with `model`, which
+    stays as it is. num_heads, head_dim, topk, and what is raised: as in `with_indexers`.
+    """
+    changed = with_indexers(model.config, pattern, num_heads=num_heads, head_dim=head_dim, topk=topk)
     with torch.device("meta"):
         attached = GlmForCausalLM(changed)
     places = dict(attached.named_parameters())

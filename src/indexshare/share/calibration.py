@@ -22,7 +22,8 @@ from indexshare.errors import ConfigError, TrainingError
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model.batch import CacheView, ForwardBatch, Selection, Trace
 from indexshare.model.config import GlmConfig
-from indexshare.model.glm import GlmForCausalLM, RopeTable
+from indexshare.model.glm import GlmForCausalLM, RopeTable, weights_of
+from indexshare.model.inspect import token_work
 
 MEMORY_BYTES = 2 << 30  # all hidden states and choices that are kept at once
 KEPT_RUNS = 3  # of the current pattern, the best candidate and the candidate that is being measured
@@ -45,11 +46,16 @@ class CalibrationRow:
     @classmethod
     def from_batch(cls, batch: Batch, device: torch.device) -> "CalibrationRow":
         """One packed batch, documents apart."""
-        token_ids, targets, positions = (
-            torch.from_numpy(array).flatten().to(device) for array in (batch.token_ids, batch.targets, batch.positions)
-        )
+        token_ids, targets, positions, _ = batch_tensors(batch, device)
         layout = KeyLayout.packed(batch.segment_starts)
         return cls(token_ids=token_ids, targets=targets, positions=positions, layout=layout)
+
+
+def batch_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token_ids, targets, positions (int64) and loss weights (fp32) of a batch, all its rows as one: [B*T] each."""
+    arrays = (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
+    token_ids, targets, positions, weights = (torch.from_numpy(array).flatten().to(device) for array in arrays)
+    return token_ids, targets, positions, weights
 
 
 def read_rows(
@@ -64,10 +70,13 @@ def read_rows(
     """Rows of `length` tokens of files, folders or the output of `indexshare data build`, drawn by `seed`.
 
     Fewer than `num_rows` where the data holds fewer. Raises TrainingError when it does not fill one, ConfigError for
-    numbers that are not positive.
+    numbers that cannot be.
     """
-    if num_rows < 1 or length < 2:
-        raise ConfigError(f"take one row at least, of two tokens at least, not {num_rows:,} of {length:,}")
+    if num_rows < 1 or length < 2 or seed < 0:
+        raise ConfigError(
+            f"take one row at least, of two tokens at least, with a seed from 0 on, not {num_rows:,} of {length:,} "
+            f"with {seed}"
+        )
     packed = open_rows(sources, tokenizer, length=length, seed=seed)
     taken = range(min(num_rows, packed.num_rows))
     return tuple(CalibrationRow.from_batch(packed.batch(index, 1), device) for index in taken)
@@ -89,6 +98,18 @@ def fingerprint(rows: Sequence[CalibrationRow]) -> str:
         digest.update(repr(row.layout.sequence_starts).encode())
         for tensor in (row.token_ids, row.targets, row.positions):
             digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(model: GlmForCausalLM) -> str:
+    """Of the configuration and all weights as they are held here, in hexadecimal: another dtype is another model."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    weights = {id(weight): (name, weight) for name, weight in weights_of(model).items()}
+    for name, weight in sorted(weights.values(), key=lambda named: named[0]):
+        for part in (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scales):
+            if part is not None:
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -145,9 +166,10 @@ class Run:
 
 @dataclass(slots=True)
 class Work:
-    """Forward work: layers run x tokens, and patterns measured."""
+    """Forward work: layers run x tokens, tokens whose logits were computed, and patterns measured."""
 
     layer_tokens: int = 0
+    head_tokens: int = 0
     num_runs: int = 0
 
 
@@ -169,11 +191,36 @@ class PatternRunner:
         return sum(row.num_supervised for row in self.rows)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def head_layers(self) -> float:
+        """FLOP of the output matrix, as a share of those of a mean layer in the middle of the longest document."""
+        config = self.model.config
+        head = 2 * config.vocab_size * config.hidden_size
+        context = max(1, max(row.layout.max_context for row in self.rows) // 2)
+        return head * config.num_hidden_layers / (token_work(config, context).total - head)
+
+    def total_work(self, work: Work) -> float:
+        """Layers x tokens, in which the output matrix counts as `head_layers`."""
+        return work.layer_tokens + self.head_layers * work.head_tokens
+
+    def pass_work(self, first: int = 0) -> float:
+        """`total_work` of one pass over all rows that runs the layers from `first` on, or from the last one before it
+        whose input is kept."""
+        first -= first % self.boundary_stride
+        num_layers = self.model.config.num_hidden_layers
+        return self.total_work(
+            Work(layer_tokens=(num_layers - first) * self.num_tokens, head_tokens=self.num_supervised)
+        )
+
+    @property
     def boundary_stride(self) -> int:
         """What enters every so many layers is kept; more than the number of layers when nothing fits."""
         config, weight = self.model.config, self.model.model.embed_tokens.weight
-        tokens = sum(len(row.token_ids) for row in self.rows)
-        per_layer = tokens * (config.hidden_size * weight.element_size() + config.index_topk * 4)
+        per_layer = self.num_tokens * (config.hidden_size * weight.element_size() + config.index_topk * 4)
         return max(1, -(-KEPT_RUNS * config.num_hidden_layers * per_layer // self.memory_bytes))
 
     def iterate(self, pattern: str, base: Run | None = None, num_rows: int | None = None) -> Iterator[Run]:
@@ -189,6 +236,7 @@ class PatternRunner:
             with sharing(self.model, pattern), torch.inference_mode():
                 hidden, kept = self._forward(row, kept)
                 nats.append(lm_nats(self.model, hidden, row.targets))
+            self.work.head_tokens += row.num_supervised
             boundaries.append(kept)
             yield Run(pattern=pattern, nats=tuple(nats), boundaries=tuple(boundaries))
 

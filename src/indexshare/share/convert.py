@@ -5,12 +5,15 @@ OUTPUT-run/overlap.json   what the layers' choices have in common               
 OUTPUT-run/search         the pattern with the least loss                                  (share search)
 OUTPUT-run/model          its indexers trained for the layers they serve                   (share distill)
 OUTPUT                    that model, with report.html and report.json
+
+The pattern is chosen by rows that are neither trained on nor measured on in the end.
 """
 
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,21 +21,22 @@ import torch
 
 from indexshare import __version__, runtime
 from indexshare.chat.tokenizer import Tokenizer
-from indexshare.data.rows import open_rows
+from indexshare.data.rows import Batch
 from indexshare.engine.resolve import resolve_model
-from indexshare.errors import CheckpointError, ConfigError
+from indexshare.errors import ConfigError
 from indexshare.eval.progress import bar
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
-from indexshare.share.attach import default_sizes
-from indexshare.share.calibration import CalibrationRow, PatternRunner, own_pattern
-from indexshare.share.distill import REPORT_FILE, Distillation, HeldOutRows, IndexSizes, Schedule, distill_model
+from indexshare.share.attach import with_indexers
+from indexshare.share.calibration import CalibrationRow, PatternRunner, own_pattern, weights_fingerprint
+from indexshare.share.distill import REPORT_FILE, Distillation, IndexSizes, Schedule, check_memory, distill_model
 from indexshare.share.overlap import Overlap, measure_overlap
 from indexshare.share.pictures import draw_overlap, draw_search
 from indexshare.share.report import write_report
-from indexshare.share.search import Method, PatternSearch, SearchResult, num_kept, uniform_pattern
-from indexshare.share.state import write_json
+from indexshare.share.search import Method, PatternSearch, SearchResult, plan_search
+from indexshare.share.split import split_rows
+from indexshare.share.state import output_directory, write_json, writing
 from indexshare.train.distributed import require_one_process
 
 
@@ -48,11 +52,13 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was made of which model, and what it lost. variants: from dense attention to the result, on rows that
-    neither the search nor the training has seen. overlap: None for a single indexer."""
+    """What was made of which model, and what it lost. pattern: the model's own, None for one without indexers.
+    variants: from dense attention to the result, on rows that neither the search nor the training has seen. overlap:
+    None for a single indexer."""
 
     model: str
     output: str
+    pattern: str | None
     variants: tuple[Variant, ...]
     overlap: Overlap | None
     search: SearchResult
@@ -75,68 +81,120 @@ def convert_model(
 ) -> Conversion:
     """Convert a model into the directory `output`; what was stopped goes on when called again.
 
-    keep, num_blocks, method: of the search, over num_rows rows. sizes, schedule: as in `distill_model`. Raises
-    ConfigError for options, TrainingError for data and for a run that was stopped, CheckpointError for the model.
+    keep, num_blocks, method: of the search, over num_rows rows. sizes, schedule: as in `distill_model`, and so is what
+    is raised.
     """
     require_one_process("conversion")
     schedule = schedule or Schedule()
+    if num_rows < 1:
+        raise ConfigError(f"rows must be at least 1, not {num_rows}: the search needs some")
     if output.exists():
         raise ConfigError(f"{output} exists: name another directory")
     run = Path(f"{output}-run")
-    source = resolve_model(model)
-    _begin_or_go_on(
-        run,
-        {
-            "model": os.fspath(source.resolve()),
-            "sources": [os.path.abspath(path) for path in sources],
-            "keep": keep,
-            "blocks": num_blocks,
-            "method": method,
-            "rows": num_rows,
-            "sizes": msgspec.to_builtins(sizes),
-            "schedule": msgspec.to_builtins(schedule),
-        },
+    with output_directory(run):
+        source = resolve_model(model)
+        config = GlmConfig.from_json(source)
+        searched = config
+        if not config.has_indexers:
+            every_layer = "F" * config.num_hidden_layers
+            searched = with_indexers(config, every_layer, **(sizes or IndexSizes()).given())
+        plan_search(searched, _pattern(searched), keep, num_blocks)  # raises now what the search would raise later
+        target = runtime.resolve_device(device)
+        check_memory(searched, schedule, str(target))
+        length = schedule.length or 4 * searched.index_topk
+        schedule = replace(schedule, length=length)
+        data = split_rows(
+            sources,
+            Tokenizer.from_directory(source),
+            length=length,
+            num_held_out=schedule.held_out_rows,
+            num_calibration=num_rows,
+            seed=schedule.seed,
+        )
+        given = load_model(source, dtype=torch.float32, device=target, quant="none")
+        _begin_or_go_on(
+            run,
+            {
+                "model": weights_fingerprint(given),
+                "data": data.fingerprint,
+                "keep": keep,
+                "blocks": num_blocks,
+                "method": method,
+                "rows": num_rows,
+                "sizes": msgspec.to_builtins(sizes),
+                "schedule": msgspec.to_builtins(schedule),
+            },
+        )
+        distill = partial(distill_model, sources=sources, calibration_rows=num_rows, device=device)
+        full, made = source, run / "model"
+        if not config.has_indexers:
+            full = run / "full"
+            if not full.is_dir():
+                del given  # one model at a time
+                warm_up = replace(schedule, sparse_steps=0)
+                distill(os.fspath(source), output=full, pattern=_pattern(searched), sizes=sizes, schedule=warm_up)
+            given = load_model(full, dtype=torch.float32, device=target, quant="none")
+        overlap = _overlap(given, _rows(data.calibration, target), run)
+        with bar("search", "rows") as report:
+            found = PatternSearch(
+                given,
+                _rows(data.calibration, target),
+                keep=keep,
+                num_blocks=num_blocks,
+                method=method,
+                directory=run / "search",
+                progress=report,
+            ).search()
+        draw_search(found, run / "search.png")
+        own_name = "as it was" if config.has_indexers else "an indexer in every layer"
+        untrained = _untrained(given, _rows(data.held_out, target), found, own_name)
+        del given
+        if not made.exists():
+            distill(os.fspath(full), output=made, pattern=found.pattern, schedule=schedule)
+        result = _conversion(model, output, config, overlap, found, untrained, made)
+        with writing(output):
+            write_json(made / REPORT_FILE, result.distillation)
+            write_json(made / "report.json", result)
+            write_report(result, run, made / "report.html")
+            made.rename(output)
+    return result
+
+
+def _pattern(config: GlmConfig) -> str:
+    return "".join("F" if config.is_full(layer) else "S" for layer in range(config.num_hidden_layers))
+
+
+def _rows(batches: Sequence[Batch], device: torch.device) -> tuple[CalibrationRow, ...]:
+    return tuple(CalibrationRow.from_batch(batch, device) for batch in batches)
+
+
+def _conversion(
+    model: str,
+    output: Path,
+    config: GlmConfig,
+    overlap: Overlap | None,
+    found: SearchResult,
+    untrained: list[Variant],
+    made: Path,
+) -> Conversion:
+    """All that was measured; `made` has what distillation says, which is to be moved to `output`."""
+    distillation = msgspec.json.decode((made / REPORT_FILE).read_bytes(), type=Distillation)
+    dense = Variant(
+        name="dense attention" if config.has_indexers else "as it was: dense attention",
+        pattern=None,
+        loss=distillation.before.dense_loss,
+        index_bytes=0,
     )
-    full = _with_indexers(model, source, sources, run, keep=keep, sizes=sizes, schedule=schedule, device=device)
-    length = schedule.length or 4 * GlmConfig.from_json(full).index_topk
-    schedule = replace(schedule, length=length)
-    data = HeldOutRows(
-        open_rows(sources, Tokenizer.from_directory(source), length=length, seed=schedule.seed), schedule.held_out_rows
-    )
-    target = runtime.resolve_device(device)
-    given = load_model(full, dtype=torch.float32, device=target, quant="none")
-    # Not the rows that everything is measured on in the end: the pattern is chosen by these.
-    calibration = tuple(CalibrationRow.from_batch(data.batch(index, 1), target) for index in range(num_rows))
-    overlap = _overlap(given, calibration, run)
-    with bar("search", "candidates") as report:
-        found = PatternSearch(
-            given,
-            calibration,
-            keep=keep,
-            num_blocks=num_blocks,
-            method=method,
-            directory=run / "search",
-            progress=report,
-        ).search()
-    draw_search(found, run / "search.png")
-    distillation = _distill(str(full), sources, run, found.pattern, schedule, device)
-    variants = _variants(given, data, found, distillation)
-    result = Conversion(
+    trained = replace(untrained[-1], name="searched and distilled", loss=distillation.after.sparse_loss)
+    return Conversion(
         model=model,
         output=os.fspath(output),
-        variants=variants,
+        pattern=_pattern(config) if config.has_indexers else None,
+        variants=(dense, *untrained, trained),
         overlap=overlap,
         search=found,
-        distillation=distillation,
+        distillation=replace(distillation, output=os.fspath(output)),
     )
-    made = run / "model"
-    write_json(made / "report.json", result)
-    write_report(result, run, made / "report.html")
-    try:
-        made.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror}; the same command tries again") from error
-    return result
 
 
 def _begin_or_go_on(run: Path, wanted: dict[str, object]) -> None:
@@ -152,35 +210,6 @@ def _begin_or_go_on(run: Path, wanted: dict[str, object]) -> None:
         )
 
 
-def _with_indexers(
-    model: str,
-    source: Path,
-    sources: Sequence[str | os.PathLike[str]],
-    run: Path,
-    *,
-    keep: str,
-    sizes: IndexSizes | None,
-    schedule: Schedule,
-    device: str,
-) -> Path:
-    """A directory of the model with more indexers than are to be kept: a model without any gets one in every layer."""
-    config = GlmConfig.from_json(source)
-    if config.has_indexers:
-        num_indexers = sum(config.is_full(layer) for layer in range(config.num_hidden_layers))
-        if num_kept(keep, config.num_hidden_layers) >= num_indexers:
-            raise ConfigError(f"{model} has {num_indexers} indexers in {config.num_hidden_layers} layers already")
-        return source
-    directory = run / "full"
-    if not directory.is_dir():
-        topk = (sizes.topk if sizes else None) or default_sizes(config)[2]
-        warm_up = replace(schedule, sparse_steps=0, length=schedule.length or 4 * topk)
-        pattern = "F" * config.num_hidden_layers
-        distill_model(
-            os.fspath(source), sources, directory, pattern=pattern, sizes=sizes, schedule=warm_up, device=device
-        )
-    return directory
-
-
 def _overlap(model: GlmForCausalLM, rows: tuple[CalibrationRow, ...], run: Path) -> Overlap | None:
     if own_pattern(model).count("F") < 2:
         return None
@@ -194,40 +223,19 @@ def _overlap(model: GlmForCausalLM, rows: tuple[CalibrationRow, ...], run: Path)
     return result
 
 
-def _distill(
-    full: str, sources: Sequence[str | os.PathLike[str]], run: Path, pattern: str, schedule: Schedule, device: str
-) -> Distillation:
-    made = run / "model"
-    if not made.exists():
-        return distill_model(full, sources, made, pattern=pattern, schedule=schedule, device=device)
-    return msgspec.json.decode((made / REPORT_FILE).read_bytes(), type=Distillation)
-
-
-def _variants(
-    model: GlmForCausalLM, data: HeldOutRows, found: SearchResult, distillation: Distillation
-) -> tuple[Variant, ...]:
-    """The losses on held-out rows: dense attention, the model as it was, with patterns, and trained for its pattern."""
-    device = model.lm_head.weight.device
-    runner = PatternRunner(model=model, rows=tuple(CalibrationRow.from_batch(row, device) for row in data.held_out()))
+def _untrained(
+    model: GlmForCausalLM, rows: tuple[CalibrationRow, ...], found: SearchResult, own_name: str
+) -> list[Variant]:
+    """The losses on held-out rows with the model's own pattern and with others, the one that was found last."""
+    runner = PatternRunner(model=model, rows=rows)
     own, per_layer = own_pattern(model), 2 * model.config.index_head_dim
-    uniform = uniform_pattern(found.num_full, len(own))
-    patterns = {"as it was": own, "equal spacing": uniform, "searched": found.pattern}
-    if any(letter == "F" and there == "S" for letter, there in zip(uniform, own, strict=True)):
-        del patterns["equal spacing"]
-    dense = Variant(name="dense attention", pattern=None, loss=distillation.before.dense_loss, index_bytes=0)
-    measured = [
-        Variant(
-            name=name,
-            pattern=pattern,
-            loss=runner.loss(runner.run(pattern)),
-            index_bytes=pattern.count("F") * per_layer,
-        )
-        for name, pattern in patterns.items()
-    ]
-    trained = Variant(
-        name="searched and distilled",
-        pattern=found.pattern,
-        loss=distillation.after.sparse_loss,
-        index_bytes=found.num_full * per_layer,
-    )
-    return (dense, *measured, trained)
+    patterns = {own_name: own, "equal spacing": found.uniform_pattern, "searched": found.pattern}
+    wanted = {name: pattern for name, pattern in patterns.items() if pattern is not None}
+    variants = []
+    with bar("measuring patterns", "rows") as report:
+        for name, pattern in wanted.items():
+            for run in runner.iterate(pattern):
+                report(len(variants) * len(rows) + len(run.nats), len(wanted) * len(rows))
+            bytes_a_token = pattern.count("F") * per_layer
+            variants.append(Variant(name=name, pattern=pattern, loss=runner.loss(run), index_bytes=bytes_a_token))
+    return variants

@@ -4,42 +4,46 @@ Two runs of the training loop: a warm-up with dense attention, in which only ind
 attention sees the chosen keys, the indexers go on over these, and everything else learns from the language-model loss.
 
     OUTPUT-run/warm-up, OUTPUT-run/sparse    checkpoints and logs, while it runs; the logs stay
+    OUTPUT-run/unfinished                    the model while it is written
     OUTPUT                                   the model and distillation.json, when all is done
 """
 
-import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from indexshare import __version__, runtime
 from indexshare.chat.tokenizer import Tokenizer
-from indexshare.data.rows import Batch, TokenRows, open_rows
 from indexshare.engine.resolve import resolve_model
-from indexshare.errors import CheckpointError, ConfigError, TrainingError
+from indexshare.errors import ConfigError, MemoryLimitError, TrainingError
 from indexshare.eval.progress import bar
+from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
-from indexshare.share.attach import attach_indexers, pattern_of_frequency
-from indexshare.share.index_quality import IndexQuality, measure_indexers
-from indexshare.share.state import write_json
+from indexshare.share.attach import attach_indexers, pattern_of_frequency, with_indexers
+from indexshare.share.calibration import weights_fingerprint
+from indexshare.share.index_quality import LAYER_COLUMNS, IndexQuality, layer_cells, measure_indexers
+from indexshare.share.split import Split, split_rows
+from indexshare.share.state import output_directory, write_json, writing
 from indexshare.train.distributed import require_one_process
 from indexshare.train.export import export_model
 from indexshare.train.loop import train
+from indexshare.train.optim import is_muon
 from indexshare.train.phases import Phase, TrainRecipe
 from indexshare.train.recipes import phase_loss
 
 REPORT_FILE = "distillation.json"
 MTP_WEIGHT = 0.1  # of GLM-5 after its first 15T tokens
+
+
+class StoppedError(TrainingError):
+    """A signal ended training, with a checkpoint. The message says where, and that the same command goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,8 @@ class Schedule:
         for name in ("batch_size", "stride", "held_out_rows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.length is not None and self.length < 2) or self.seed < 0:
+            raise ConfigError(f"length must be at least 2 and seed at least 0, not {self.length} and {self.seed}")
         if min(self.warmup_steps, self.sparse_steps) < 0 or self.warmup_steps + self.sparse_steps == 0:
             raise ConfigError("give at least one step, of the warm-up or of the sparse stage")
         if not 0 < self.warmup_end_rate <= self.warmup_rate or not self.sparse_rate > 0:
@@ -76,7 +82,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """What was done, and the indexers on held-out rows before and after it."""
+    """What was done, and the indexers on held-out rows, of which `schedule` has the number, before and after it."""
 
     model: str
     output: str
@@ -90,11 +96,15 @@ class Distillation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexSizes:
-    """Sizes of new indexers; None is the default of `attach_indexers`."""
+    """Sizes of new indexers; None is the default of `with_indexers`."""
 
     num_heads: int | None = None
     head_dim: int | None = None
     topk: int | None = None
+
+    def given(self) -> dict[str, int | None]:
+        """As keyword arguments of `with_indexers` and `attach_indexers`."""
+        return {"num_heads": self.num_heads, "head_dim": self.head_dim, "topk": self.topk}
 
 
 def distill_model(
@@ -106,12 +116,14 @@ def distill_model(
     freq: int | None = None,
     sizes: IndexSizes | None = None,
     schedule: Schedule | None = None,
+    calibration_rows: int = 0,
     device: str = "auto",
 ) -> Distillation:
     """Give a model the pattern, train its indexers, write it to `output`. What was stopped goes on when called again.
 
-    sources: as in `open_rows`. pattern, or freq for equal spacing. Raises ConfigError for options, TrainingError for
-    data and for a run that was stopped (it says so), CheckpointError for the model.
+    sources: as in `open_rows`. pattern, or freq for equal spacing. calibration_rows: of the data, set aside as in
+    `split_rows`. Raises ConfigError for options and an output that cannot be written, TrainingError for data,
+    StoppedError when a signal ended it, CheckpointError for the model, MemoryLimitError when it does not fit.
     """
     require_one_process("distillation")
     schedule = schedule or Schedule()
@@ -120,86 +132,64 @@ def distill_model(
     run = Path(f"{output}-run")
     if output.exists():
         raise ConfigError(f"{output} exists: name another directory")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {run}: {error.strerror}. Name another output directory") from error
-    source = resolve_model(model)
-    target = runtime.resolve_device(device)
-    given = load_model(source, dtype=torch.float32, device=target, quant="none")
-    if pattern is None:
-        assert freq is not None, "one of them was given"
-        pattern = pattern_of_frequency(given.config, freq)
-    sizes = sizes or IndexSizes()
-    student = attach_indexers(
-        given, pattern, num_heads=sizes.num_heads, head_dim=sizes.head_dim, topk=sizes.topk, seed=schedule.seed
-    )
-    length = schedule.length or 4 * student.config.index_topk
-    rows = open_rows(sources, Tokenizer.from_directory(source), length=length, seed=schedule.seed)
-    data = HeldOutRows(rows, schedule.held_out_rows)
-    before = _measure(student, data, schedule)
-    num_tokens = _train(student, data, schedule, length, run, os.fspath(source))
-    with _staged(output) as staging:
-        export_model(student, source, staging)
+    with output_directory(run):
+        source = resolve_model(model)
+        given = GlmConfig.from_json(source)
+        if pattern is None:
+            assert freq is not None, "one of them was given"
+            pattern = pattern_of_frequency(given, freq)
+        new = (sizes or IndexSizes()).given()
+        config = with_indexers(given, pattern, **new)
+        target = runtime.resolve_device(device)
+        check_memory(config, schedule, str(target))
+        length = schedule.length or 4 * config.index_topk
+        data = split_rows(
+            sources,
+            Tokenizer.from_directory(source),
+            length=length,
+            num_held_out=schedule.held_out_rows,
+            num_calibration=calibration_rows,
+            seed=schedule.seed,
+        )
+        loaded = load_model(source, dtype=torch.float32, device=target, quant="none")
+        identity = {"data": data.fingerprint, "weights": weights_fingerprint(loaded)}
+        student = attach_indexers(loaded, pattern, **new, seed=schedule.seed)
+        before = _measure(student, data, schedule)
+        num_tokens = _train(student, data, schedule, length, run, identity)
+        _round(student)
         result = Distillation(
             model=model,
             output=os.fspath(output),
             pattern=pattern,
-            schedule=schedule,
+            schedule=replace(schedule, held_out_rows=len(data.held_out)),
             num_tokens=num_tokens,
             before=before,
-            after=_measure(student.float(), data, schedule),  # the weights as they were rounded
+            after=_measure(student, data, schedule),
             version=__version__,
         )
-        write_json(staging / REPORT_FILE, result)
-    for stage in run.iterdir():
-        shutil.rmtree(stage / "checkpoints", ignore_errors=True)
+        _write(student, source, result, run / "unfinished", output)
+        for stage in run.iterdir():
+            shutil.rmtree(stage / "checkpoints", ignore_errors=True)
     return result
 
 
-class HeldOutRows:
-    """Rows of a data set: the first few of its random order to measure on, the others, again and again, to train on."""
-
-    def __init__(self, rows: TokenRows, num_held_out: int) -> None:
-        """Raises TrainingError when nothing would be left to train on."""
-        if rows.num_rows <= num_held_out:
-            raise TrainingError(
-                f"the data fill {rows.num_rows:,} rows of {rows.length:,} tokens, {num_held_out:,} are to measure on:"
-                " give more data, or shorter rows with --length"
-            )
-        self._rows, self._num_held_out = rows, num_held_out
-
-    def held_out(self) -> list[Batch]:
-        """One batch for each row."""
-        return [self._rows.batch(index, 1) for index in range(self._num_held_out)]
-
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """The batch of step `step`, a pure function of it."""
-        num_left = self._rows.num_rows - self._num_held_out
-        places = (self._num_held_out + (step * batch_size + index) % num_left for index in range(batch_size))
-        return join_batches([self._rows.batch(place, 1) for place in places])
-
-    def fingerprint(self) -> str:
-        """Of the rows to measure on: other data, another tokenizer or another seed give another one."""
-        digest = hashlib.sha256(str(self._rows.num_rows).encode())
-        for batch in self.held_out():
-            digest.update(batch.token_ids.tobytes())
-        return digest.hexdigest()[:16]
-
-
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Batches of rows of one length as a batch of all their rows."""
-    starts, offset = [0], 0
-    for batch in batches:
-        starts += [offset + start for start in batch.segment_starts[1:]]
-        offset = starts[-1]
-    return Batch(
-        token_ids=np.concatenate([batch.token_ids for batch in batches]),
-        targets=np.concatenate([batch.targets for batch in batches]),
-        loss_weights=np.concatenate([batch.loss_weights for batch in batches]),
-        positions=np.concatenate([batch.positions for batch in batches]),
-        segment_starts=tuple(starts),
-    )
+def check_memory(config: GlmConfig, schedule: Schedule, device: str) -> None:
+    """Raises MemoryLimitError when weights, gradients and what the optimizers keep, all in fp32, do not fit."""
+    only_indexers = schedule.only_indexers or schedule.sparse_steps == 0
+    with torch.device("meta"):
+        model = GlmForCausalLM(config)
+    needed = 0
+    for name, parameter in model.named_parameters():
+        is_trained = ".indexer." in name or not only_indexers
+        # the weight, its gradient, and one buffer of Muon or two of AdamW
+        needed += parameter.numel() * 4 * (1 + is_trained * (2 if is_muon(name, parameter) else 3))
+    available = runtime.available_memory_bytes(device)
+    if needed > available:
+        raise MemoryLimitError(
+            f"distillation runs in one process, whose weights, gradients and optimizers take {needed:,} bytes, and"
+            f" {available:,} are available on {device}: take a larger machine, or leave all but the indexers as they"
+            " are with --only-indexers, which takes a third"
+        )
 
 
 def stages(model: GlmForCausalLM, schedule: Schedule, length: int) -> tuple[TrainRecipe, ...]:
@@ -244,69 +234,67 @@ def stages(model: GlmForCausalLM, schedule: Schedule, length: int) -> tuple[Trai
     )
 
 
-def _train(model: GlmForCausalLM, data: HeldOutRows, schedule: Schedule, length: int, run: Path, source: str) -> int:
-    """Both stages in place; the number of supervised tokens. Raises TrainingError when a signal ended one."""
+def _train(
+    model: GlmForCausalLM, data: Split, schedule: Schedule, length: int, run: Path, identity: dict[str, str]
+) -> int:
+    """Both stages in place; the number of supervised tokens. Raises StoppedError when a signal ended one.
+
+    identity: of what is trained on, so that a run does not go on with another model or other data.
+    """
     first_step = num_tokens = 0
-    identity = {"data": data.fingerprint(), "source": source}
     for recipe in stages(model, schedule, length):
-        recipe = _with_data(recipe, identity)
         result = train(
-            recipe,
+            replace(recipe, data=dict(identity)),
             run / recipe.name,
             model=model,
-            batches=_batches(data, first_step, schedule.batch_size),
+            batches=lambda step, first=first_step: data.training.batch(first + step, schedule.batch_size),
             step_loss=phase_loss(),
             progress=not _is_finished(run, recipe),
         )
         if result.step < recipe.num_steps:
-            raise TrainingError(
-                f"stopped in the {recipe.name} stage at step {result.step:,} of {recipe.num_steps:,}, with a checkpoint"
-                f" in {run}: the same command goes on there"
+            raise StoppedError(
+                f"stopped ({result.stopped}) at step {result.step:,} of {recipe.num_steps:,} of the {recipe.name} stage"
+                f", checkpoint in {run}; the same command goes on"
             )
         first_step += recipe.num_steps
         num_tokens += result.num_tokens
     return num_tokens
 
 
-def _with_data(recipe: TrainRecipe, identity: dict[str, str]) -> TrainRecipe:
-    """The recipe with what it is trained on, so that a run does not go on with another model or other data."""
-    return replace(recipe, data=dict(identity))
-
-
-def _batches(data: HeldOutRows, first_step: int, batch_size: int) -> Callable[[int], Batch]:
-    return lambda step: data.batch(first_step + step, batch_size)
-
-
 def _is_finished(run: Path, recipe: TrainRecipe) -> bool:
     return (run / recipe.name / "checkpoints" / f"step-{recipe.num_steps:08d}").is_dir()
 
 
-def _measure(model: GlmForCausalLM, data: HeldOutRows, schedule: Schedule) -> IndexQuality:
+def _measure(model: GlmForCausalLM, data: Split, schedule: Schedule) -> IndexQuality:
     with bar("measuring", "rows") as report:
-        return measure_indexers(model, data.held_out(), stride=schedule.stride, report=report)
+        return measure_indexers(model, data.held_out, stride=schedule.stride, report=report)
 
 
-@contextmanager
-def _staged(output: Path) -> Generator[Path]:
-    """A directory to fill, which becomes `output` when the block ends well."""
-    staging = Path(tempfile.mkdtemp(prefix=".distilling-", dir=output.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)  # a temporary directory is its owner's alone
-        staging.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error}; the same command tries again") from error
-    finally:
+@torch.no_grad()
+def _round(model: GlmForCausalLM) -> None:
+    """To the numbers that `export_model` writes, still as fp32."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith("e_score_correction_bias"):
+            parameter.copy_(parameter.bfloat16())
+
+
+def _write(model: GlmForCausalLM, source: Path, result: Distillation, staging: Path, output: Path) -> None:
+    """The model and what was measured, whole or not at all; what a killed process left of it goes first."""
+    with writing(output):
         shutil.rmtree(staging, ignore_errors=True)
+        try:
+            export_model(model, source, staging)
+            write_json(staging / REPORT_FILE, result)
+            staging.rename(output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def render(result: Distillation) -> RenderableType:
     """A table of layers, and the loss before and after."""
-    table = Table("layer", "indexer", "KL before", "after", "recall before", "after", title=result.pattern)
-    for old, new in zip(result.before.layers, result.after.layers, strict=True):
-        own = "own" if old.layer == old.indexer else f"of layer {old.indexer}"
-        recalls = (f"{old.recall:.1%}", f"{new.recall:.1%}")
-        table.add_row(str(old.layer), own, f"{old.kl:.4f}", f"{new.kl:.4f}", *recalls)
+    table = Table(*LAYER_COLUMNS, title=result.pattern)
+    for cells in layer_cells(result.before, result.after):
+        table.add_row(*cells)
     lines = [
         f"loss with {what} keys: {before:.4f} nats a token before, {after:.4f} after"
         for what, before, after in (

@@ -12,6 +12,7 @@ from indexshare.errors import TrainingError
 from indexshare.kernels import registry
 from indexshare.kernels.index_loss import selected_mass
 from indexshare.model.glm import GlmForCausalLM
+from indexshare.share.calibration import batch_tensors
 from indexshare.train.losses import Losses, step_loss
 
 Report = Callable[[int, int], None]
@@ -38,6 +39,24 @@ class IndexQuality:
     dense_loss: float
     sparse_loss: float
     layers: tuple[LayerQuality, ...]
+
+
+LAYER_COLUMNS = ("layer", "indexer", "KL before", "after", "recall before", "after")
+
+
+def layer_cells(before: IndexQuality, after: IndexQuality) -> list[tuple[str, ...]]:
+    """A row of texts for each layer, under LAYER_COLUMNS."""
+    return [
+        (
+            str(old.layer),
+            "its own" if old.layer == old.indexer else f"of layer {old.indexer}",
+            f"{old.kl:.4f}",
+            f"{new.kl:.4f}",
+            f"{old.recall:.1%}",
+            f"{new.recall:.1%}",
+        )
+        for old, new in zip(before.layers, after.layers, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -105,9 +124,5 @@ def measure_indexers(
 
 
 def _losses(model: GlmForCausalLM, batch: Batch, **options: Any) -> Losses:
-    device = model.lm_head.weight.device
-    token_ids, targets, positions, weights = (
-        torch.from_numpy(array).flatten().to(device)
-        for array in (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
-    )
-    return step_loss(model, token_ids, targets, positions, weights, batch.segment_starts, **options)
+    inputs = batch_tensors(batch, model.lm_head.weight.device)
+    return step_loss(model, *inputs, batch.segment_starts, **options)

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from indexshare.share.overlap import Overlap
 from indexshare.share.search import SearchResult
+from indexshare.share.state import writing
 
 DPI = 120
 
@@ -46,5 +47,6 @@ def draw_search(result: SearchResult, path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure).print_png(path)

@@ -46,7 +46,7 @@ def render_search(result: SearchResult) -> RenderableType:
         lines.append(f"equal spacing  {result.uniform_pattern}   loss {result.uniform_loss:.4f} ({difference:+.4f})")
     lines.append(
         f"{result.num_runs:,} measurements of {result.num_rows:,} rows, {result.num_tokens:,} tokens: "
-        f"{result.layer_tokens / result.plain_layer_tokens:.0%} of the work of measuring every candidate"
+        f"{result.work / result.plain_work:.0%} of the work of measuring every candidate"
     )
     lines.append(f"next: share distill --pattern {result.pattern} trains indexers for it")
     return Group(table, *lines)

@@ -11,12 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from indexshare.eval.report import PAGE_STYLE, html_table
+from indexshare.share.index_quality import LAYER_COLUMNS, layer_cells
 
 if TYPE_CHECKING:
     from indexshare.share.convert import Conversion
 
 VARIANT_COLUMNS = ("", "pattern", "indexers", "index keys, bytes a token", "loss, nats a token", "against dense")
-LAYER_COLUMNS = ("layer", "indexer", "KL before", "after", "recall before", "after")
 
 
 def variant_cells(result: Conversion) -> list[tuple[str, ...]]:
@@ -47,19 +47,10 @@ def write_report(result: Conversion, pictures: Path, path: Path) -> None:
     """Write the page; `pictures` has overlap.png and search.png, which it takes in."""
     distillation = result.distillation
     search = result.search
-    layers = [
-        (
-            str(old.layer),
-            "its own" if old.layer == old.indexer else f"of layer {old.indexer}",
-            f"{old.kl:.4f}",
-            f"{new.kl:.4f}",
-            f"{old.recall:.1%}",
-            f"{new.recall:.1%}",
-        )
-        for old, new in zip(distillation.before.layers, distillation.after.layers, strict=True)
-    ]
+    before, layers = distillation.before, layer_cells(distillation.before, distillation.after)
+    had = "no indexers, and attended to all keys" if result.pattern is None else f"{result.pattern.count('F')} indexers"
     summary = (
-        f"{result.model} runs {search.num_full} indexers in place of {search.start_pattern.count('F')}. On rows that "
+        f"{result.model} had {had}; the result runs {search.num_full} in {len(before.layers)} layers. On rows that "
         f"neither the search nor the training has seen, dense attention has {result.variants[0].loss:.4f} nats a "
         f"token, the result {result.variants[-1].loss:.4f}."
     )
@@ -72,7 +63,7 @@ def write_report(result: Conversion, pictures: Path, path: Path) -> None:
         f"{html_table(VARIANT_COLUMNS, variant_cells(result), 'figures')}"
         f"<h2>Which layers may share</h2>{_picture(pictures / 'search.png', 'Loss while indexers are taken away')}"
         f"<p class=quiet>Found with {search.num_runs:,} measurements of {search.num_tokens:,} tokens, "
-        f"{search.layer_tokens / search.plain_layer_tokens:.0%} of the work of measuring every candidate each time. "
+        f"{search.work / search.plain_work:.0%} of the work of measuring every candidate each time. "
         f"Loss on the calibration rows: {search.start_loss:.4f} with all indexers, {search.loss:.4f} with the "
         "pattern found.</p>"
         f"{_picture(pictures / 'overlap.png', 'Keys that the layers choose in common, before')}"

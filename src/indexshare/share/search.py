@@ -7,6 +7,9 @@ that what a layer's absence costs rarely becomes less while others are taken awa
 lowest known cost is measured again, until that stays the lowest (accelerated greedy, Minoux 1978). At the end it moves
 indexers to layers nearby as long as the loss falls, which greedy cannot. Both use what layers before a change computed,
 and leave a candidate as soon as it cannot win.
+
+Moves, and the comparison with equal spacing, end within a quarter of the plain algorithm's work. What comes before them
+takes less than that from about twelve layers on; a smaller model is searched all the same, and nothing is moved.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,29 +28,29 @@ from indexshare.share.calibration import (
     CalibrationRow,
     PatternRunner,
     Run,
-    Work,
     fingerprint,
     own_pattern,
+    weights_fingerprint,
 )
-from indexshare.share.state import Move, Removal, SearchState, load_state, other_search, save_state, write_json
+from indexshare.share.state import Move, Removal, SearchState, load_state, save_state, write_json
+from indexshare.train.pipeline import choose_stages
 
 Method = Literal["greedy", "lazy"]
 Progress = Callable[[int, int], None]
 
 MAX_MOVE = 2  # layers by which `lazy` moves an indexer at once
-MAX_WORK = 0.25  # of the plain search: there `lazy` stops to move indexers
+MAX_WORK = 0.25  # of the plain search: there `lazy` moves no more indexers
 STATE_FILE = "search.json"
-STATE_VERSION = 1
-SAME_LOSS = 1e-3  # relative: another number of threads sums in another order
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """The pattern found, and what it costs. Losses are nats per supervised token of the calibration rows.
 
-    layer_tokens: forward work, layers x tokens, without what a stopped search repeats; plain_layer_tokens: what
-    measuring every candidate with whole forward passes takes. uniform: the pattern of equal spacing with as many
-    indexers, if the model has indexers there.
+    uniform: the pattern of equal spacing with as many indexers, if the model has indexers there. work: layers x tokens
+    of all forward passes, that over `uniform_pattern` among them, with the output matrix as head_layers layers, and
+    without what a stopped search repeats. plain_work: what measuring every candidate with whole passes takes.
     """
 
     pattern: str
@@ -64,8 +67,9 @@ class SearchResult:
     num_rows: int
     num_tokens: int
     num_runs: int
-    layer_tokens: int
-    plain_layer_tokens: int
+    head_layers: float
+    work: float
+    plain_work: float
 
 
 def num_kept(keep: str, num_layers: int) -> int:
@@ -85,6 +89,25 @@ def uniform_pattern(num_full: int, num_layers: int) -> str:
     return "".join("F" if layer in full else "S" for layer in range(num_layers))
 
 
+def plan_search(config: GlmConfig, pattern: str, keep: str, num_blocks: int) -> tuple[int, list[list[int]]]:
+    """How many indexers stay, and the layers that may lose theirs, by block: all F but the first of each block.
+
+    Raises ConfigError for a keep or blocks that leave nothing to search.
+    """
+    num_full, num_indexers = num_kept(keep, len(pattern)), pattern.count("F")
+    if not 1 <= num_blocks <= num_indexers:
+        raise ConfigError(f"blocks must be from 1 to {num_indexers}, the number of indexers, not {num_blocks}")
+    if not num_blocks <= num_full < num_indexers:
+        raise ConfigError(
+            f"{keep} of {len(pattern)} layers are {num_full} indexers, and the model has {num_indexers}: "
+            f"keep fewer than that, and at least one for each of the {num_blocks} blocks"
+        )
+    edges = (*choose_stages(config, num_blocks), len(pattern))
+    return num_full, [
+        [layer for layer in range(begin + 1, end) if pattern[layer] == "F"] for begin, end in pairwise(edges)
+    ]
+
+
 class PatternSearch:
     """A search that goes on where it was stopped, if `directory` has its state."""
 
@@ -100,8 +123,9 @@ class PatternSearch:
         memory_bytes: int = MEMORY_BYTES,
         progress: Progress | None = None,
     ) -> None:
-        """keep: share of layers that keep their indexer. num_blocks: blocks of layers that are searched in turn, the
-        first indexer of each stays (a pipeline stage has to begin with one). directory: for the state and the result.
+        """keep: share of layers that keep their indexer. num_blocks: blocks of layers that are searched in turn, cut as
+        `choose_stages` cuts a pipeline: each begins with an indexer, which stays. directory: for the state and the
+        result. progress(done, total): rows that this call has measured and may have to, at most.
 
         Raises ConfigError for a keep or blocks that leave nothing to search, or a directory with another search.
         """
@@ -111,24 +135,23 @@ class PatternSearch:
         self.state_file = None if directory is None else directory / STATE_FILE
         self.progress = progress
         self.start = own_pattern(model)
-        self.num_full = num_kept(keep, len(self.start))
-        self.blocks = _cut_blocks(self.start, num_blocks)
-        num_indexers = self.start.count("F")
-        if not max(len(self.blocks), 1) <= self.num_full < num_indexers:
-            raise ConfigError(
-                f"{keep} of {len(self.start)} layers are {self.num_full} indexers, and the model has {num_indexers}: "
-                f"keep fewer than that, and at least one for each of the {len(self.blocks)} blocks"
-            )
+        self.num_full, self.blocks = plan_search(model.config, self.start, keep, num_blocks)
         self.identity = {
             "version": STATE_VERSION,
-            "model": _model_identity(model.config, self.start),
+            "model": None if directory is None else weights_fingerprint(model),
             "data": fingerprint(rows),
-            "num_full": self.num_full,
-            "num_blocks": num_blocks,
+            "keep": self.num_full,
+            "blocks": num_blocks,
             "method": method,
         }
         self.state = SearchState(pattern=self.start)
         self.base: Run | None = None  # the current pattern measured, with its boundaries
+        self.has_uniform = all(
+            self.start[layer] == "F"
+            for layer, letter in enumerate(uniform_pattern(self.num_full, len(self.start)))
+            if letter == "F"
+        )
+        self.done = self.total = 0  # rows, of this call
 
     def search(self) -> SearchResult:
         """Search to the end. Interrupted at any moment, it loses the candidate that was being measured, no more."""
@@ -154,22 +177,32 @@ class PatternSearch:
         saved = None if self.state_file is None else load_state(self.state_file, self.identity)
         if saved is not None:
             self.state = saved
-        state = self.state
-        self.runner.work = Work(layer_tokens=state.layer_tokens, num_runs=state.num_runs)
-        self.base = self.runner.run(state.pattern) if saved is None else self._again(state.pattern)
-        if saved is not None and self.state_file is not None and not _agree(state.nats, self.base.nats):
-            raise other_search(self.state_file)
-        state.nats = list(self.base.nats)
+        state, work = self.state, self.runner.work
+        self.total = len(self.runner.rows) + self._rows_left()
+        self.base = self._pass(state.pattern)
         if saved is None:
-            state.start_nats, state.floor = list(state.nats), list(state.nats)
+            state.start_nats, state.nats, state.floor = (list(self.base.nats) for _ in range(3))
             self._save()
+        else:
+            work.layer_tokens, work.head_tokens, work.num_runs = state.layer_tokens, state.head_tokens, state.num_runs
 
     def _again(self, pattern: str) -> Run:
         """Measure what a search that was stopped has measured and counted before."""
         work = replace(self.runner.work)
-        run = self.runner.run(pattern, self.base)
+        run = self._pass(pattern)
         self.runner.work = work
         return run
+
+    def _pass(self, pattern: str) -> Run:
+        *_, run = self._measured_rows(pattern)
+        return run
+
+    def _measured_rows(self, pattern: str) -> Iterator[Run]:
+        """A run after each row, which counts as progress up to the total."""
+        for run in self.runner.iterate(pattern, self.base):
+            self.done = min(self.done + 1, self.total)
+            self._report()
+            yield run
 
     def _round(self) -> Run | None:
         """Find the layer of this round's block whose absence costs least; its run, unless a stopped search found it."""
@@ -189,13 +222,19 @@ class PatternSearch:
             self._save()
         return winner
 
+    def _affords(self, first: int) -> bool:
+        """Whether `lazy` may measure a pattern that differs from `first` on, and that of equal spacing in the end."""
+        work = self.runner.total_work(self.runner.work) + self.runner.pass_work(first)
+        return work + self.has_uniform * self.runner.pass_work(1) <= MAX_WORK * self._plain_work()
+
     def _refine(self) -> None:
         """Move indexers of the pattern found to layers nearby, as long as the loss falls and there is work left."""
         state = self.state
-        limit = MAX_WORK * self._plain_work()
         state.floor = list(state.start_nats)  # a move may gain on any row, but hardly more than all indexers would
-        while self.runner.work.layer_tokens < limit and (move := next(self._moves(), None)) is not None:
+        while move := next((move for move in self._moves() if self._affords(min(move[:2]))), None):
             gone, new, pattern = move
+            self.done = self.total
+            self.total += len(self.runner.rows)
             state.best_nats = state.nats
             run, _ = self._measure(pattern)
             state.tried.append(pattern)
@@ -233,7 +272,7 @@ class PatternSearch:
         """
         state, best_nats = self.state, sum(self.state.best_nats) if self.state.best_nats else inf
         run, at_least = None, 0.0
-        for run in self.runner.iterate(pattern, self.base):
+        for run in self._measured_rows(pattern):
             at_least = sum(run.nats) + sum(state.floor[len(run.nats) :])
             if at_least >= best_nats:
                 break
@@ -242,37 +281,36 @@ class PatternSearch:
         return (run if at_least < best_nats else None), at_least
 
     def _result(self) -> SearchResult:
-        state, runner, num_layers = self.state, self.runner, len(self.start)
-        uniform = uniform_pattern(self.num_full, num_layers)
-        work, num_runs = runner.work.layer_tokens, runner.work.num_runs
-        possible = all(self.start[layer] == "F" for layer, letter in enumerate(uniform) if letter == "F")
-        tokens = sum(len(row.token_ids) for row in runner.rows)
+        state, runner = self.state, self.runner
+        uniform = uniform_pattern(self.num_full, len(self.start)) if self.has_uniform else None
+        self.total = self.done + self.has_uniform * len(runner.rows)
+        uniform_loss = runner.loss(self._pass(uniform)) if uniform else None
         result = SearchResult(
             pattern=state.pattern,
             num_full=self.num_full,
             loss=sum(state.nats) / runner.num_supervised,
             start_pattern=self.start,
             start_loss=sum(state.start_nats) / runner.num_supervised,
-            uniform_pattern=uniform if possible else None,
-            uniform_loss=runner.loss(runner.run(uniform, self.base)) if possible else None,
+            uniform_pattern=uniform,
+            uniform_loss=uniform_loss,
             removals=tuple(state.removals),
             moves=tuple(state.moves),
             method=self.method,
             num_blocks=len(self.blocks),
             num_rows=len(runner.rows),
-            num_tokens=tokens,
-            num_runs=num_runs,
-            layer_tokens=work,
-            plain_layer_tokens=self._plain_work(),
+            num_tokens=runner.num_tokens,
+            num_runs=runner.work.num_runs,
+            head_layers=runner.head_layers,
+            work=runner.total_work(runner.work),
+            plain_work=self._plain_work(),
         )
         if self.directory is not None:
             write_json(self.directory / "result.json", result)
         return result
 
-    def _plain_work(self) -> int:
-        """Layers x tokens of the start and of every candidate of every round, each a whole forward pass."""
-        tokens = sum(len(row.token_ids) for row in self.runner.rows)
-        return (1 + sum(self._plain_rounds())) * len(self.start) * tokens
+    def _plain_work(self) -> float:
+        """Of the start and of every candidate of every round, each a whole forward pass."""
+        return (1 + sum(self._plain_rounds())) * self.runner.pass_work()
 
     def _plain_rounds(self) -> list[int]:
         """How many candidates each round has, when every one is measured."""
@@ -286,29 +324,23 @@ class PatternSearch:
             turn += 1
         return rounds
 
+    def _rows_left(self) -> int:
+        """Rows to measure, when every candidate is; those that need no measurement count as done."""
+        rounds = self._plain_rounds()
+        return len(self.runner.rows) * (sum(rounds[len(self.state.removals) :]) - len(self.state.measured))
+
+    def _report(self) -> None:
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
     def _save(self) -> None:
-        """Write the state and say how far the search is; candidates that need no measurement count as done."""
-        state = self.state
-        state.num_runs, state.layer_tokens = self.runner.work.num_runs, self.runner.work.layer_tokens
+        """Write the state and say how far the search is."""
+        state, work = self.state, self.runner.work
+        state.layer_tokens, state.head_tokens, state.num_runs = work.layer_tokens, work.head_tokens, work.num_runs
         if self.state_file is not None:
             save_state(self.state_file, state, self.identity)
-        if self.progress is not None:
-            rounds = self._plain_rounds()
-            self.progress(sum(rounds[: len(state.removals)]) + len(state.measured), sum(rounds))
-
-
-def _model_identity(config: GlmConfig, pattern: str) -> str:
-    shape = (config.num_hidden_layers, config.hidden_size, config.vocab_size, config.index_topk, pattern)
-    return " ".join(map(str, shape))
-
-
-def _cut_blocks(pattern: str, num_blocks: int) -> list[list[int]]:
-    """Layers that may lose their indexer, by block: all that have one but the first of each block."""
-    if not 1 <= num_blocks <= len(pattern):
-        raise ConfigError(f"blocks must be from 1 to {len(pattern)}, the number of layers, not {num_blocks}")
-    edges = [index * len(pattern) // num_blocks for index in range(num_blocks + 1)]
-    full = [[layer for layer in range(*edge) if pattern[layer] == "F"] for edge in pairwise(edges)]
-    return [layers[1:] for layers in full if layers]
+        self.done = max(self.done, self.total - self._rows_left())
+        self._report()
 
 
 def _without(pattern: str, layer: int) -> str:
@@ -317,8 +349,3 @@ def _without(pattern: str, layer: int) -> str:
 
 def _with(pattern: str, layer: int) -> str:
     return f"{pattern[:layer]}F{pattern[layer + 1 :]}"
-
-
-def _agree(saved: list[float], measured: tuple[float, ...]) -> bool:
-    pairs = zip(saved, measured, strict=False)
-    return len(saved) == len(measured) and all(abs(old - new) <= SAME_LOSS * max(old, 1.0) for old, new in pairs)

@@ -1,7 +1,9 @@
-"""The state of a pattern search as a file, so that a search survives being stopped."""
+"""Files that a search or a conversion leaves, so that it survives being stopped; and what to say when it cannot."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,8 @@ class SearchState:
     nats, start_nats: of the current pattern and of the first, by row. increases: by layer, the last known cost of its
     absence, nats a token.
     measured: the layers measured in this round; floor: the lowest nats of any pattern in this round, by row; best,
-    best_nats: the layer whose absence costs least so far. tried: patterns that moves led to.
+    best_nats: the layer whose absence costs least so far. tried: patterns that moves led to. The last three are the
+    work so far, as `Work` counts it.
     """
 
     pattern: str
@@ -55,6 +58,7 @@ class SearchState:
     tried: list[str] = field(default_factory=list)
     num_runs: int = 0
     layer_tokens: int = 0
+    head_tokens: int = 0
 
 
 def save_state(path: Path, state: SearchState, identity: Mapping[str, object]) -> None:
@@ -69,23 +73,47 @@ def load_state(path: Path, identity: Mapping[str, object]) -> SearchState | None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         state = msgspec.convert(document["state"], SearchState, str_keys=True)
-        found = document["identity"]
+        found = msgspec.convert(document["identity"], dict[str, object])
     except (OSError, ValueError, KeyError, TypeError) as error:  # msgspec's ValidationError is a ValueError
         raise ConfigError(f"{path} is not the state of a search ({error}); remove it to begin anew") from error
-    if found != identity:
-        raise other_search(path)
+    if changed := [name for name in identity if found.get(name) != identity[name]]:
+        raise ConfigError(
+            f"{path} is the state of a search with another value of {', '.join(changed)}: "
+            "name another directory with --output, or remove the file"
+        )
     return state
 
 
-def other_search(path: Path) -> ConfigError:
-    """What to say of the state of a search that is not this one."""
-    return ConfigError(
-        f"{path} is the state of a search with another model, other data or other options: "
-        "name another directory with --output, or remove the file"
-    )
-
-
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON, in which dataclasses may be, as `write_file` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+    """Write JSON, in which dataclasses may be, as `write_file` does. Raises as `writing`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Runs a block that writes a file or a directory. Raises ConfigError, in a sentence, when that is not possible."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}. Make room, or name another output directory"
+        ) from error
+
+
+@contextmanager
+def output_directory(directory: Path) -> Generator[None]:
+    """Makes a directory, tries to write there, and runs a block; directories that this made and that are still empty
+    after it go again. Raises ConfigError, as `writing`, before the block."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # what holds files stays
+                path.rmdir()
