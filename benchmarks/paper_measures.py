@@ -93,7 +93,8 @@ def measure_variant(
     library = Library(directory / "model")
     variant = Variant(name="", llm=llm, attention=attention)
     language = measure_language(llm, paths=corpus.held_out_files()[: plan.held_out_files], attention=attention)
-    found = {reading.num_tokens: read(variant, library, reading, seed) for reading in plan.readings}
+    readings = [each for each in plan.readings if attention == "sparse" or each.num_tokens <= plan.dense_up_to]
+    found = {reading.num_tokens: read(variant, library, reading, seed) for reading in readings}
     first = next(iter(found.values()))[0]
     return Measured(
         pattern="".join("F" if llm.config.is_full(layer) else "S" for layer in range(llm.config.num_hidden_layers)),

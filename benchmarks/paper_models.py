@@ -55,6 +55,7 @@ class Plan:
     calibration_rows: int
     held_out_files: int | None
     readings: tuple[Reading, ...]
+    dense_up_to: int  # tokens of the longest documents that are read with attention to all keys
     compared_at: int  # tokens of the documents of several facts and of walks, and of the rows whose mass is measured
     walk_documents: int
     walks: int  # in each of them
@@ -90,6 +91,7 @@ def full_plan() -> Plan:
             Reading(num_tokens=65_536, num_documents=1, num_questions=32),
             Reading(num_tokens=131_072, num_documents=1, num_questions=32),
         ),
+        dense_up_to=65_536,
         compared_at=16_384,
         walk_documents=2,
         walks=12,
@@ -111,6 +113,7 @@ def quick_plan() -> Plan:
         calibration_rows=1,
         held_out_files=2,
         readings=(Reading(num_tokens=1024, num_documents=1, num_questions=4),),
+        dense_up_to=1024,
         compared_at=1024,
         walk_documents=1,
         walks=2,

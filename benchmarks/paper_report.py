@@ -16,6 +16,7 @@ POINTS = 5.0  # and a mean of tasks in percent within this; one question is 2 to
 MORE = 0.001  # what counts as any difference
 FASTER = 1.05
 LONG = 16_384  # tasks at this length and beyond make the mean of long tasks
+COMMON = 65_536  # dense attention is measured up to here
 MISSING = "-"
 TITLES = {
     "dense": "dense MLA",
@@ -64,8 +65,11 @@ class Claim:
 
 
 def mean_of_long(measured: Measured) -> float:
-    """Mean of right answers, percent: retrieval at each long length, groups at the shortest of them, walks."""
-    lengths = [length for length in sorted(measured.retrieval) if length >= LONG] or sorted(measured.retrieval)
+    """Mean of right answers, percent: retrieval at the long lengths that all rows have, groups at the shortest of them,
+    walks."""
+    lengths = [length for length in sorted(measured.retrieval) if LONG <= length <= COMMON] or sorted(
+        measured.retrieval
+    )
     shares = [measured.retrieval[length].share for length in lengths]
     return 100 * statistics.mean([*shares, measured.groups[lengths[0]].share, measured.walks.share])
 
@@ -237,7 +241,7 @@ def _quality(results: Results) -> list[str]:
 
 
 def _retrieved(length: int) -> Callable[[Measured], float | None]:
-    return lambda row: row.retrieval[length].share
+    return lambda row: row.retrieval[length].share if length in row.retrieval else None
 
 
 def _chosen(length: int) -> Callable[[Measured], float | None]:
@@ -248,11 +252,15 @@ def _speed(results: Results) -> list[str]:
     columns: list[tuple[str, Callable[[Measured], float | None], str]] = []
     for length in [length for length in _lengths(results) if length >= LONG] or _lengths(results):
         columns += [
-            (f"indexer, {_short(length)}", lambda row, length=length: row.speed[length].indexer, "%"),
-            (f"prefill, {_short(length)}", lambda row, length=length: row.speed[length].prefill, ",.0f"),
-            (f"decode, {_short(length)}", lambda row, length=length: row.speed[length].decode, ",.0f"),
+            (f"indexer, {_short(length)}", _speed_at(length, "indexer"), "%"),
+            (f"prefill, {_short(length)}", _speed_at(length, "prefill"), ",.0f"),
+            (f"decode, {_short(length)}", _speed_at(length, "decode"), ",.0f"),
         ]
     return _table(results, columns)
+
+
+def _speed_at(length: int, what: str) -> Callable[[Measured], float | None]:
+    return lambda row: getattr(row.speed[length], what) if length in row.speed else None
 
 
 def _table(results: Results, columns: Sequence[tuple[str, Callable[[Measured], float | None], str]]) -> list[str]:
