@@ -73,7 +73,8 @@ nano paper: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 nano paper: export MALLOC_TOP_PAD_ = 67108864
 nano: $(RUNTIME)
 	@$(BIN)/indexshare train nano
-	@$(BIN)/indexshare eval runs/nano/model
+	@$(BIN)/indexshare train nano-long
+	@$(BIN)/indexshare eval runs/nano-long/model --dense-up-to 131072
 
 paper: $(RUNTIME)
 	@$(BIN)/python benchmarks/paper_table.py --output runs/paper --write docs/indexshare.md
@@ -96,7 +97,7 @@ sanitize: export UBSAN_OPTIONS = print_stacktrace=1
 sanitize: $(DEVELOPMENT)
 	@$(BIN)/python -c "from indexshare.kernels import native; list(map(native.build, native.runnable()))"
 	@LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/pytest --quiet --exitfirst --capture=no --timeout 900 -k "not build and not compiler" \
-	  tests/kernels/test_native.py tests/kernels/test_packed.py tests/kernels/test_index_select.py tests/kernels/test_pool.py tests/model/test_native.py
+	  tests/kernels/test_native.py tests/kernels/test_packed.py tests/kernels/test_index_select.py tests/kernels/test_pool.py tests/kernels/test_training_operations.py tests/model/test_native.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

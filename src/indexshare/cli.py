@@ -280,6 +280,7 @@ def evaluate(
     *,
     lengths: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     questions: int = 100,
+    dense_up_to: int = 16_384,
     seed: int = 0,
     as_json: AsJson = False,
     load: LoadOptions = DEFAULT_LOAD,
@@ -289,13 +290,16 @@ def evaluate(
     Args:
         lengths: Document lengths in tokens; by default 4096 16384 65536 131072.
         questions: Questions for each length.
+        dense_up_to: Longest document that is also read with attention to all keys, which grows with its square.
         seed: Of documents, facts and depths.
     """
     from indexshare.eval.evaluation import evaluate_model, render
     from indexshare.terminal import show
 
     llm = load.load(model)
-    evaluation = evaluate_model(llm, lengths=lengths or DEFAULT_LENGTHS, num_questions=questions, seed=seed)
+    evaluation = evaluate_model(
+        llm, lengths=lengths or DEFAULT_LENGTHS, num_questions=questions, dense_up_to=dense_up_to, seed=seed
+    )
     show(evaluation, render(evaluation), as_json)
 
 

@@ -183,8 +183,10 @@ class TrainOptions:
     """Stop after this many minutes of this call."""
     threads: int | None = None
     """CPU threads; by default all that this process may use."""
+    pp: int = 1
+    """Of the processes that torchrun started, as many divide the layers (pipeline parallelism)."""
     cp: int = 1
-    """Of the processes that torchrun started, as many divide the tokens of the same rows (context parallelism)."""
+    """As many divide the tokens of the same rows (context parallelism)."""
     ep: int = 1
     """As many divide the experts of each layer (expert parallelism)."""
     show: Annotated[bool, Parameter(negative="")] = False
@@ -211,7 +213,7 @@ class TrainOptions:
                 resume=self.resume,
                 accept_recipe_change=self.accept_recipe_change,
                 max_minutes=self.max_minutes,
-                mesh=Mesh.over_all(cp=self.cp, ep=self.ep),
+                mesh=Mesh.over_all(pp=self.pp, cp=self.cp, ep=self.ep),
             )
             if not is_main():
                 return ""

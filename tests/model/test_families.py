@@ -321,7 +321,7 @@ def with_copies(directory: Path, family: str, change: float = 0.0) -> Path:
 def test_copies_in_the_mtp_layer_are_borrowed_and_others_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("indexshare.model.weights.COMPARED_BYTES", 1000)
+    monkeypatch.setattr("indexshare.model.opening.COMPARED_BYTES", 1000)
     for family in ("glm4_moe_lite", "deepseek_v3"):
         model, report = load_checkpoint(with_copies(tmp_path / family, family), dtype=torch.float32)
         assert model.mtp_stack is not None and not report.skipped_unexpected

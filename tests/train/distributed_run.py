@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -28,9 +29,9 @@ from indexshare.train import run as loop_state
 from indexshare.train.distributed import Mesh, process_group, rank
 from indexshare.train.loop import train
 from indexshare.train.losses import Losses
-from indexshare.train.parallel import context_share
+from indexshare.train.parallel import whole_model
 from indexshare.train.phases import Phase, TrainRecipe
-from indexshare.train.recipes import phase_loss
+from indexshare.train.recipes import shared_loss
 
 LENGTH, ROWS = 32, 4
 # Function of torch.distributed -> collective, and which of its tensors is the whole. Newer versions have new names.
@@ -40,11 +41,12 @@ COLLECTIVES = {
     "reduce_scatter_tensor": ("reduce-scatter", 1),
     "reduce_scatter_single": ("reduce-scatter", 1),
     "all_to_all_single": ("all-to-all", 1),
+    "isend": ("hidden states", 0),
 }
 CONFIG = tiny(vocab_size=64)
 
 
-def recipe(num_steps: int) -> TrainRecipe:
+def recipe(num_steps: int, *, recompute: bool = False) -> TrainRecipe:
     """Dense, then the indexers alone, then everything: the parts of a real run, `num_steps` in all."""
     common: dict[str, Any] = {"sequence_length": LENGTH, "batch_size": ROWS}
     dense = Phase(name="dense", num_steps=num_steps // 4, attention="dense", trains="model", **common)
@@ -64,6 +66,7 @@ def recipe(num_steps: int) -> TrainRecipe:
         index_loss_weight=1.0,
         mtp_loss_weight=0.3,
         mtp_num_steps=2,
+        recompute=recompute,
         **common,
     )
     return TrainRecipe(
@@ -145,12 +148,16 @@ def full_disk(refused: str) -> Generator[None]:
 
 
 def run(job: dict[str, Any]) -> None:
-    """Train as the job says: output, num_steps, and optionally cp, ep, max_steps, signal (step, on the last rank),
-    nan (step, on the first rank), count, refused (what a full disk does not take, see `full_disk`)."""
-    mesh = Mesh.over_all(cp=job.get("cp", 1), ep=job.get("ep", 1))
-    loss = phase_loss(context_share(mesh, "cpu"))
-    model = GlmForCausalLM(CONFIG)
-    model.init_weights(7)
+    """Train as the job says: output, num_steps, and optionally pp, cp, ep, meta (start without weights in memory),
+    recompute, max_steps, signal (step, on the last rank), nan (step, on the first rank), count, refused (what a full
+    disk does not take, see `full_disk`)."""
+    mesh = Mesh.over_all(pp=job.get("pp", 1), cp=job.get("cp", 1), ep=job.get("ep", 1))
+    loss = shared_loss(mesh, "cpu")
+    is_meta = bool(job.get("meta"))
+    with torch.device("meta" if is_meta else "cpu"):
+        model = GlmForCausalLM(CONFIG)
+    if not is_meta:
+        model.init_weights(7)
 
     bad_batch: dict[str, Any] = {}
 
@@ -173,7 +180,7 @@ def run(job: dict[str, Any]) -> None:
             full_disk(job["refused"]) if "refused" in job else nullcontext(),
         ):
             result = train(
-                recipe(job["num_steps"]),
+                recipe(job["num_steps"], recompute=bool(job.get("recompute"))),
                 Path(job["output"]),
                 model=model,
                 batches=batches,
@@ -181,10 +188,14 @@ def run(job: dict[str, Any]) -> None:
                 max_steps=job.get("max_steps"),
                 progress=False,
                 mesh=mesh,
+                weights=model.random_weights(7) if is_meta else None,
             )
     except TrainingError as error:
         Path(job["output"], f"error-{rank()}").write_text(str(error))
         return
+    whole = whole_model(model, mesh)
+    if rank() == 0:
+        save_file({name: value.detach() for name, value in whole.named_parameters()}, Path(job["output"], "whole"))
     shards = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in model.parameters())
     report = {"stopped": result.stopped, "step": result.step, "shard_numbers": shards, "payloads": dict(payloads)}
     Path(job["output"], f"rank-{rank()}.json").write_text(json.dumps(report))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from train.distributed_run import run
 
@@ -24,7 +25,7 @@ SOURCES = Path(__file__).parents[2] / "src"
 TOLERANCE = 1e-5
 LOSSES = ("loss", "lm", "mtp", "index_kl")
 NUM_STEPS = 8
-MESHES: dict[str, dict[str, int]] = {"dp": {}, "ep": {"ep": 2}, "cp": {"cp": 2}}
+MESHES: dict[str, dict[str, int]] = {"dp": {}, "ep": {"ep": 2}, "cp": {"cp": 2}, "pp": {"pp": 2}}
 
 
 def run_ranks(num_ranks: int, jobs: list[dict[str, Any]], seconds: float = 300) -> None:
@@ -76,27 +77,36 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on two processes: sharded, experts apart, tokens apart, stopped by a signal, stopped halfway."""
+    """Runs on two processes: sharded, with experts, tokens or layers apart, stopped by a signal, stopped halfway."""
     directory = tmp_path_factory.mktemp("two")
     jobs: list[dict[str, Any]] = [
-        {"output": directory / "dp"},
+        {"output": directory / "dp", "meta": True},
         {"output": directory / "ep", "ep": 2},
-        {"output": directory / "cp", "cp": 2},
+        {"output": directory / "cp", "cp": 2, "recompute": True},
+        {"output": directory / "pp", "pp": 2, "meta": True, "recompute": True},
         {"output": directory / "signal", "signal": 2},
         {"output": directory / "nan", "ep": 2, "nan": 3},
+        {"output": directory / "nan-pp", "pp": 2, "nan": 3},
         {"output": directory / "half", "ep": 2, "max_steps": NUM_STEPS // 2},
+        {"output": directory / "half-pp", "pp": 2, "max_steps": NUM_STEPS // 2},
         *({"output": directory / f"refused-{what}", "nan": 0, "refused": what} for what in ("state", "mark", "shards")),
     ]
     jobs += [
-        {"output": directory / f"count-{name}", "num_steps": 1, "count": True, **mesh} for name, mesh in MESHES.items()
+        {"output": directory / f"count-{name}-{again}", "num_steps": 1, "count": True, "recompute": again, **mesh}
+        for name, mesh in MESHES.items()
+        for again in (False, True)
     ]
     run_ranks(2, [{"num_steps": NUM_STEPS, **job} for job in jobs])
     return directory
 
 
-@pytest.mark.parametrize("mesh", ["dp", "ep", "cp"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_have_the_losses_of_one(two: Path, one: Path, mesh: str) -> None:
     assert_same_run(two / mesh, one)
+    found, expected = load_file(two / mesh / "whole"), load_file(one / "whole")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=TOLERANCE, rtol=0.0)
 
 
 def test_each_rank_holds_half_of_the_parameters(two: Path, one: Path) -> None:
@@ -114,10 +124,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(two: Path) -> None:
     assert (two / "signal" / "checkpoints" / "step-00000003" / "state.json").is_file()
 
 
-def test_a_fault_on_one_rank_rolls_all_back(two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nan", "nan-pp"])
+def test_a_fault_on_one_rank_rolls_all_back(two: Path, tmp_path: Path, name: str) -> None:
     with pytest.warns(UserWarning, match="the loss is nan"):
         run({"output": tmp_path, "num_steps": NUM_STEPS, "nan": 3})
-    assert [record.get("skipped", "")[:11] for record in read_log(two / "nan")] == [
+    assert [record.get("skipped", "")[:11] for record in read_log(two / name)] == [
         "",
         "",
         "",
@@ -127,7 +138,7 @@ def test_a_fault_on_one_rank_rolls_all_back(two: Path, tmp_path: Path) -> None:
         "",
         "",
     ]
-    for record, wanted in zip(read_log(two / "nan"), read_log(tmp_path), strict=True):
+    for record, wanted in zip(read_log(two / name), read_log(tmp_path), strict=True):
         assert record.get("loss", 0.0) == pytest.approx(wanted.get("loss", 0.0), abs=TOLERANCE)
 
 
@@ -140,25 +151,41 @@ def test_a_full_disk_of_one_rank_ends_the_run_on_all(two: Path, what: str) -> No
         assert "make room and run again" in error.lower()
 
 
-def test_saved_on_two_ranks_and_continued_by_one(two: Path, one: Path) -> None:
-    assert len(list((two / "half" / "checkpoints").glob("step-00000004/shard-*.safetensors"))) == 2
-    run({"output": two / "half", "num_steps": NUM_STEPS})
-    assert_same_run(two / "half", one)
+@pytest.mark.parametrize("name", ["half", "half-pp"])
+def test_saved_on_two_ranks_and_continued_by_one(two: Path, one: Path, name: str) -> None:
+    assert len(list((two / name / "checkpoints").glob("step-00000004/shard-*.safetensors"))) == 2
+    run({"output": two / name, "num_steps": NUM_STEPS})
+    assert_same_run(two / name, one)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", MESHES)
-def test_the_plan_has_the_bytes_that_are_sent_and_held(two: Path, name: str) -> None:
-    reports = [json.loads((two / f"count-{name}" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+def test_the_plan_has_the_bytes_that_are_sent_and_held(two: Path, name: str, recompute: bool) -> None:
+    directory = two / f"count-{name}-{recompute}"
+    reports = [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(2)]
     config, mesh = tiny(vocab_size=64), Mesh.of(2, **MESHES[name])
     plan = make_train_plan(
-        config, "tiny", mesh, CLUSTERS["h100"], length=32, rows=4 // mesh.num_batches, precision="fp32"
+        config,
+        "tiny",
+        mesh,
+        CLUSTERS["h100"],
+        length=32,
+        rows=4 // mesh.num_batches,
+        precision="fp32",
+        recompute=recompute,
     )
     for collective in ("all-gather", "reduce-scatter", "all-to-all"):
         planned = sum(part.payload_bytes for part in plan.volumes if part.ranks > 1 and collective in part.name)
         counted = sum(report["payloads"].get(collective, 0) for report in reports) / 2
         assert counted == planned, collective
+    volumes = {volume.name: volume for volume in plan.volumes}
     for report in reports:
-        assert 4 * report["shard_numbers"] == plan.memory["parameters (fp32 shard)"]
+        sent = report["payloads"].get("hidden states", 0) - volumes["PP hidden states"].payload_bytes
+        assert 0 <= sent <= volumes["PP embedding for MTP"].payload_bytes
+        assert (sent == 0) == (mesh.pp == 1)
+    shards = [4 * report["shard_numbers"] for report in reports]
+    assert max(shards) == plan.memory["parameters (fp32 shard)"]
+    assert min(shards) == max(shards) or mesh.pp > 1
 
 
 def test_the_plan_of_glm_5_2() -> None:
@@ -166,9 +193,9 @@ def test_the_plan_of_glm_5_2() -> None:
     assert plan.fits
     assert plan.tokens_per_step == 512 * 4096
     assert plan.memory["parameters (fp32 shard)"] == -(-753_329_921_024 // 512) * 4
-    # 8 experts a token, 6,144 numbers of 2 bytes, there and back, forward and backward, in 76 layers
+    # 8 experts a token, 6,144 numbers of 2 bytes, there and back, forward, again and backward, in 76 layers
     volumes = {volume.name: volume for volume in plan.volumes}
-    assert volumes["EP all-to-all"].payload_bytes == 4096 * 8 * 6144 * 2 * 4 * 76
+    assert volumes["EP all-to-all"].payload_bytes == 4096 * 8 * 6144 * 2 * 6 * 76
     assert volumes["EP all-to-all"].sent_bytes == volumes["EP all-to-all"].payload_bytes * 7 // 8
     assert volumes["CP all-gather"].sent_bytes == 0
     assert not make_train_plan(glm_5_2(), "glm-5.2", Mesh.of(64, ep=8), CLUSTERS["h100"], length=4096).fits
@@ -202,7 +229,10 @@ def test_stages_begin_at_full_layers() -> None:
 @pytest.mark.slow  # fifty steps on up to four processes, however few the cores
 def test_fifty_steps_on_two_and_four_processes(tmp_path: Path) -> None:
     run({"output": tmp_path / "one", "num_steps": 50})
-    meshes = {2: MESHES.values(), 4: ({}, {"ep": 2}, {"cp": 2, "ep": 2}, {"cp": 4})}
+    meshes = {
+        2: MESHES.values(),
+        4: ({}, {"ep": 2}, {"cp": 2, "ep": 2}, {"cp": 4}, {"pp": 2}, {"pp": 2, "ep": 2}, {"pp": 2, "cp": 2}),
+    }
     for num_ranks, shapes in meshes.items():
         jobs = [
             {"output": tmp_path / f"{num_ranks}-{index}", "num_steps": 50, **shape}
@@ -217,9 +247,8 @@ def test_fifty_steps_on_two_and_four_processes(tmp_path: Path) -> None:
 @pytest.mark.slow  # four launches of up to four processes
 def test_checkpoints_move_between_any_numbers_of_ranks(tmp_path: Path) -> None:
     run({"output": tmp_path / "one", "num_steps": 20})
-    for num_ranks, max_steps in ((4, 6), (2, 11), (1, 16), (4, 20)):
-        ep = 2 if num_ranks == 4 else 1
-        run_ranks(num_ranks, [{"output": tmp_path / "moved", "num_steps": 20, "ep": ep, "max_steps": max_steps}])
+    for num_ranks, max_steps, mesh in ((4, 6, {"ep": 2}), (2, 11, {"pp": 2}), (1, 16, {}), (4, 20, {"pp": 2, "ep": 2})):
+        run_ranks(num_ranks, [{"output": tmp_path / "moved", "num_steps": 20, "max_steps": max_steps, **mesh}])
     assert_same_run(tmp_path / "moved", tmp_path / "one")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ KILLER = """
 import os, random, signal, sys
 from pathlib import Path
 import torch
+from indexshare.model import native
 from small_training import run, step_loss
 
 def stopped(model, batch, phase):
@@ -74,6 +76,7 @@ def killed():
     run(Path(sys.argv[1]))
 
 torch.set_deterministic_debug_mode("warn")
+native.enable()  # as the tests' own process has it
 times = random.Random(3)
 statuses = []
 while len(statuses) < 6 and 0 not in statuses:
@@ -171,6 +174,9 @@ def test_other_recipe_is_refused_unless_accepted(tmp_path: Path) -> None:
     other = dataclasses.replace(RECIPE, learning_rate_muon=0.001, log_every=5)
     with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\..*--accept-recipe-change"):
         run(tmp_path, other)
+    elsewhere = dataclasses.replace(RECIPE, data={"sources": "texts"})
+    with pytest.raises(ConfigError, match=r"another recipe or other data; changed: data\.sources\..*--accept"):
+        run(tmp_path, elsewhere)
     assert run(tmp_path, other, accept_recipe_change=True).stopped == "finished"
     with pytest.raises(TrainingError, match="holds a run already"):
         run(tmp_path, resume=False)
@@ -187,21 +193,51 @@ def test_without_a_terminal_progress_is_a_line_soon_and_then_each_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"step": 4, "phase": "dense", "lm": 2.5, "tokens_per_second": 1500.0}
-    with monitor.Monitor(tmp_path / "log.jsonl", 10, 0, progress=True) as reporter:
+    phases = (dataclasses.replace(DENSE, num_steps=10),)
+    with monitor.Monitor(tmp_path / "log.jsonl", phases, 0, progress=True) as reporter:
         reporter.report(record, log=True)
         assert capsys.readouterr().err == ""
     monkeypatch.setattr(monitor, "SECONDS_TO_FIRST_LINE", 0.0)
-    with monitor.Monitor(tmp_path / "log.jsonl", 10, 0, progress=True) as reporter:
+    with monitor.Monitor(tmp_path / "log.jsonl", phases, 0, progress=True) as reporter:
         reporter.report(record, log=False)
         reporter.report(record, log=False)
     assert capsys.readouterr().err == "dense step 4/10  loss 2.500  1,500 tokens/s  0:00:00 left\n"
     assert read_log(tmp_path) == [record]
 
 
+def test_the_time_left_weighs_steps_by_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten steps of 100 tokens, then two of 10,000; resumed after the second."""
+    short = dataclasses.replace(DENSE, num_steps=10, sequence_length=50, batch_size=2)
+    phases = (short, dataclasses.replace(short, name="long", num_steps=2, sequence_length=5000))
+    clock = [0.0]
+    monkeypatch.setattr(monitor, "SECONDS_TO_FIRST_LINE", 0.0)
+    monkeypatch.setattr(monitor, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with monitor.Monitor(tmp_path / "log.jsonl", phases, 2, progress=True) as reporter:
+        for step, clock[0] in ((3, 1.0), (4, 3.0), (10, 15.0), (11, 65.0)):
+            record = {"step": step, "phase": phases[step > 10].name, "lm": 2.5, "tokens_per_second": 100.0}
+            reporter.report(record, log=False)
+        reporter.rewind(10)
+        clock[0] = 75.0
+        reporter.report(record, log=False)
+    lines = capsys.readouterr().err.splitlines()
+    # 700 + 20,000 tokens at 1 s for 100; then 600 + 20,000 at 1.5; 20,000 at 1.875; the last at the pace of its phase
+    assert [line.split("  ")[-1] for line in lines] == [
+        "0:03:27 left",
+        "0:05:09 left",
+        "0:06:15 left",
+        "0:00:50 left",
+        "0:00:10 left",
+    ]
+
+
 def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phases = (dataclasses.replace(DENSE, num_steps=10),)
     for first_step in (10, 9):
-        with monitor.Monitor(tmp_path / "log.jsonl", 10, first_step, progress=True):
+        with monitor.Monitor(tmp_path / "log.jsonl", phases, first_step, progress=True):
             pass
-    with monitor.Monitor(tmp_path / "log.jsonl", 10, 10, progress=False):
+    with monitor.Monitor(tmp_path / "log.jsonl", phases, 10, progress=False):
         pass
     assert capsys.readouterr().err == "this run finished at step 10; name another output directory to train again\n"

@@ -1,6 +1,7 @@
 """Recipes as TOML files: what they become, what is refused, and runs from them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from indexshare.engine.resolve import packaged_model
 from indexshare.errors import ConfigError, TrainingError
 from indexshare.model.recipes import nano
 from indexshare.options import TrainOptions
+from indexshare.train.distributed import Mesh
 from indexshare.train.recipes import recipe_named, run
 from indexshare.train.recipes_file import PretrainOptions, options_of, read_recipe
-from indexshare.train.recipes_run import read_texts, row_batches
+from indexshare.train.recipes_run import check_phases, read_texts, row_batches, with_contents
 from indexshare.train.rl import RlOptions
 from indexshare.train.sft import SftOptions
 
@@ -91,6 +93,114 @@ def test_what_a_file_may_not_say(recipe_file: Path, old: str, new: str, says: st
     recipe_file.write_text(SCRATCH.replace(old, new))
     with pytest.raises(ConfigError, match=says):
         read_recipe(recipe_file)
+
+
+# The line that is replaced, lines in its place, what is refused, and what would be right.
+RANGES = [
+    *(
+        (f"{name} = 2" if name in ("num_steps", "batch_size") else "num_steps = 2", name, value, ">= 1")
+        for name in ("num_steps", "batch_size", "index_stride", "mtp_num_steps")
+        for value in (0, -1)
+    ),
+    ("sequence_length = 32", "sequence_length", 0, ">= 1"),
+    ("num_steps = 2", "balance_loss_weight", -1, ">= 0.0"),
+    ("num_steps = 2", "mtp_loss_weight", "nan", ">= 0.0"),
+    ("num_steps = 2", "learning_rate_scale", -0.5, ">= 0.0"),
+    ("checkpoint_every = 1", "checkpoint_every", 0, ">= 1"),
+    ("checkpoint_every = 1", "log_every", 0, ">= 1"),
+    ("checkpoint_every = 1", "warmup_steps", -1, ">= 0"),
+    ("checkpoint_every = 1", "seed", -1, ">= 0"),
+    ("checkpoint_every = 1", "min_lr_ratio", 1.5, "<= 1.0"),
+    ("checkpoint_every = 1", "gradient_clip", 0, "> 0.0"),
+    *(("learning_rate_muon = 1e-3", "learning_rate_muon", value, ">= 0.0") for value in (-1e-3, "nan")),
+    ("learning_rate_adamw = 1e-3", "learning_rate_adamw", "inf", "<= 1.797"),
+]
+
+
+@pytest.mark.parametrize(("line", "name", "value", "allowed"), RANGES)
+def test_numbers_out_of_range(recipe_file: Path, line: str, name: str, value: object, allowed: str) -> None:
+    new = f"{name} = {value}" if line.startswith(f"{name} =") else f"{line}\n{name} = {value}"
+    recipe_file.write_text(SCRATCH.replace(line, new, 1))
+    with pytest.raises(ConfigError, match=rf"own\.toml.*: {name}: Expected `(int|float)` {allowed}"):
+        read_recipe(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [("group_size = 0", ">= 1"), ("max_new_tokens = 0", ">= 1"), ("clip_low = 2", "<= 1"), ("gae_lambda = -1", ">= 0")],
+)
+def test_numbers_out_of_range_for_reinforcement_learning(recipe_file: Path, line: str, allowed: str) -> None:
+    text = (EXAMPLES / "rl.toml").read_text().replace("tasks.jsonl", str(EXAMPLES / "tasks.jsonl"))
+    kept = [old for old in text.splitlines() if not old.startswith(line.split()[0])]
+    recipe_file.write_text("\n".join(kept).replace("[data]", f"[data]\n{line}"))
+    with pytest.raises(ConfigError, match=rf"\[data\]: {line.split()[0]}: Expected `(int|float)` {allowed}"):
+        read_recipe(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "change", "says"),
+    [
+        (Mesh(dp=2), {}, "phase 'long': batch_size is 1, which 2 processes .* multiple of 2, or start fewer"),
+        (Mesh(ep=2, cp=2), {"balance_loss_weight": 0.0}, "phase 'long': batch_size is 1, which 2 processes"),
+        (
+            Mesh(cp=5),
+            {"balance_loss_weight": 0.0},
+            "phase 'short': sequence_length is 32, which 5 processes .*: set it",
+        ),
+        (Mesh(cp=2), {}, "phase 'short': balance_loss_weight is 0.0001 .* --cp 2 divides: set it to 0"),
+        (Mesh(), {"trains": "mtp"}, "phase 'short': training the MTP layer needs .* mtp_loss_weight above 0"),
+    ],
+)
+def test_phases_that_could_not_run_are_refused_before_anything_is_done(
+    recipe_file: Path, mesh: Mesh, change: dict[str, Any], says: str
+) -> None:
+    recipe = read_recipe(recipe_file)
+    recipe = replace(recipe, phases=tuple(replace(phase, **change) for phase in recipe.phases))
+    with pytest.raises(ConfigError, match=says):
+        run(recipe, recipe_file.parent / "run", mesh=mesh)
+    assert not (recipe_file.parent / "run").exists()
+
+
+def test_phases_that_divide_are_taken(recipe_file: Path) -> None:
+    recipe = read_recipe(recipe_file)
+    check_phases(recipe, Mesh())
+    whole = tuple(replace(phase, balance_loss_weight=0.0, batch_size=4) for phase in recipe.phases)
+    check_phases(replace(recipe, phases=whole), Mesh(pp=2, dp=2, cp=4, ep=2))
+    check_phases(read_recipe(EXAMPLES / "rl.toml"), Mesh())
+    with pytest.raises(ConfigError, match="reinforcement learning runs in one process"):
+        check_phases(read_recipe(EXAMPLES / "rl.toml"), Mesh(dp=2))
+
+
+def test_data_that_changed_are_refused_unless_accepted(recipe_file: Path) -> None:
+    recipe, output = read_recipe(recipe_file), recipe_file.parent / "run"
+    run(recipe, output, progress=False, max_minutes=0.0)
+    text = recipe_file.parent / "texts" / "one.txt"
+    same, other = text.read_text(), text.read_text().replace("fox", "cat")
+    text.write_text(other)
+    with pytest.raises(ConfigError, match=r"changed: data\.contents\..*--accept-recipe-change"):
+        run(recipe, output, progress=False)
+    text.write_text(same)
+    run(recipe, output, progress=False, max_minutes=0.0)
+    text.rename(text.with_name("three.txt"))  # files are read in the order of their names
+    with pytest.raises(ConfigError, match=r"changed: data\.contents\."):
+        run(recipe, output, progress=False)
+    assert run(recipe, output, progress=False, accept_recipe_change=True)[1].stopped == "finished"
+
+
+def test_chats_that_changed_are_known(tmp_path: Path) -> None:
+    """Of a folder the files that are read."""
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "one.jsonl").write_bytes((EXAMPLES / "chats.jsonl").read_bytes())
+    text = (EXAMPLES / "sft.toml").read_text().replace("chats.jsonl", "chats")
+    (tmp_path / "sft.toml").write_text(text)
+    recipe = read_recipe(tmp_path / "sft.toml")
+    before = with_contents(recipe)
+    (tmp_path / "chats" / "notes.txt").write_text("not read")
+    assert with_contents(recipe) == before
+    with (tmp_path / "chats" / "one.jsonl").open("a") as file:
+        file.write("\n")
+    changed = with_contents(recipe)
+    assert changed != before and replace(changed, data=before.data) == before
 
 
 def test_a_file_or_a_name_that_is_not_there(tmp_path: Path) -> None:

@@ -158,13 +158,13 @@ def test_packing_loses_nothing_and_overfills_nothing(lengths: list[int]) -> None
     assert all(first + second > 50 for first, second in pairwise(sorted(sums)))
 
 
-def rows(count: int, length: int, seed: int = 0) -> ChatRows:
+def rows(count: int, length: int, seed: int = 0, divisor: int = 1) -> ChatRows:
     messages = [
         [{"role": "user", "content": f"Word {n}?"}, {"role": "assistant", "content": "yes " * (n % 7 + 1)}]
         for n in range(count)
     ]
     examples = [example_of(each, tools=False) for each in messages]
-    return ChatRows(examples, length=length, pad_id=0, seed=seed)
+    return ChatRows(examples, length=length, pad_id=0, seed=seed, divisor=divisor)
 
 
 def test_an_epoch_has_each_conversation_once_whole_and_apart() -> None:
@@ -207,6 +207,20 @@ def test_rows_of_a_batch_are_padded_apart() -> None:
     assert batch.token_ids.shape == batch.targets.shape == batch.positions.shape == (3, batch.token_ids.shape[1])
     width = batch.token_ids.shape[1]
     assert {0, width, 2 * width, 3 * width} <= set(batch.segment_starts)
+
+
+def test_rows_are_padded_to_what_processes_can_share() -> None:
+    """As many processes share the tokens of a row; what is learned stays what it was."""
+    plain, divided = rows(30, 64), rows(30, 64, divisor=16)
+    batches = [(plain.batch(step, 2), divided.batch(step, 2)) for step in range(8)]
+    assert any(first.token_ids.shape[1] % 16 for first, _ in batches)
+    for first, second in batches:
+        width = second.token_ids.shape[1]
+        assert width % 16 == 0 and first.token_ids.shape[1] <= width <= 64
+        learned, same = first.targets != IGNORED, second.targets != IGNORED
+        assert (first.targets[learned] == second.targets[same]).all()
+        assert (first.positions[learned] == second.positions[same]).all()
+        assert {0, width, 2 * width} <= set(second.segment_starts)
 
 
 def test_padding_is_no_work_for_experts_and_trains_no_indexer() -> None:

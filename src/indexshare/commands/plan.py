@@ -57,6 +57,7 @@ def plan_train(
     devices: int = 256,
     cluster: Literal["a100", "h100", "h200"] = "h100",
     memory_gib: float | None = None,
+    pp: int = 1,
     ep: int | None = None,
     cp: int = 1,
     length: int = 4096,
@@ -70,6 +71,7 @@ def plan_train(
         devices: Devices in all.
         cluster: What they are and how they are connected.
         memory_gib: Memory of a device, in place of the cluster's.
+        pp: Devices that divide the layers; each row of a group is a part that stages work on at the same time.
         ep: Devices that divide the experts of each layer; by default 8, or as many as divide them and the devices.
         cp: Devices that divide the tokens of the same rows.
         length: Tokens of a row.
@@ -83,11 +85,11 @@ def plan_train(
 
     config = resolve_config(model)
     if ep is None:
-        ep = math.gcd(devices // max(cp, 1), config.n_routed_experts, 8)
+        ep = math.gcd(devices // max(cp * pp, 1), config.n_routed_experts, 8)
     plan = make_train_plan(
         config,
         model,
-        Mesh.of(devices, cp=cp, ep=ep),
+        Mesh.of(devices, pp=pp, cp=cp, ep=ep),
         CLUSTERS[cluster],
         length=length,
         rows=rows,

@@ -38,7 +38,8 @@ from indexshare.model.checkpoint_files import check_text_files
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.native import pack_model
-from indexshare.model.weights import LoadReport, Quant, load_checkpoint
+from indexshare.model.opening import LoadReport, Quant
+from indexshare.model.weights import load_checkpoint
 
 CHAT_MAX_NEW_TOKENS = 1024
 

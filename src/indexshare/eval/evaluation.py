@@ -23,7 +23,6 @@ from indexshare.eval.retrieval import Attention, LengthResult, evaluate_length
 from indexshare.eval.tool_calls import ToolResult, measure_tool_calls
 from indexshare.kernels.cache_formats import PLAIN
 
-DENSE_UP_TO = 16_384  # tokens; dense attention costs too much beyond
 COLUMNS = ("tokens", "attention", "right", "share", "95 % interval", "needle selected", "by layer")
 NOTE = (
     "needle selected: share of questions for which at least one full layer had the first token of the value among its "
@@ -53,10 +52,10 @@ def evaluate_model(
     *,
     lengths: Sequence[int],
     num_questions: int = 100,
-    dense_up_to: int = DENSE_UP_TO,
+    dense_up_to: int = 16_384,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a model; bars with the time left go to standard error.
+    """Measure a model; bars with the time left go to standard error. Dense attention beside it up to a length.
 
     Raises RequestError and MemoryLimitError before anything is read.
     """

@@ -6,7 +6,7 @@ Sources: released config and tensors of GLM-5.2; GLM-5 (arXiv 2602.15763) for ML
 (arXiv 2603.12201) for sharing. `docs/indexshare.md` has the mathematics.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from indexshare.kernels import index_loss, ops
 from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.packed import PackedWeight
 from indexshare.kernels.pool import Pool
-from indexshare.kernels.registry import composite, specifications
+from indexshare.kernels.registry import composite
 from indexshare.model.batch import ForwardBatch, IndexerOutput, Selection
 from indexshare.model.config import GlmConfig
 from indexshare.model.routing import is_glm_router, route_in_groups
@@ -420,12 +420,7 @@ def run_layers(
 
 def _rerun_backward(layer: DecoderLayer) -> Callable[..., tuple[Tensor, Selection]]:
     """The layer, keeping its inputs and what it chose; all else is computed again on the way back."""
-
-    def run(*inputs: Any) -> tuple[Tensor, Selection]:
-        with specifications():  # on the way back, too
-            return layer(*inputs)
-
-    return lambda *inputs: checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _logits(head: Linear, hidden: Tensor) -> Tensor:
@@ -511,17 +506,27 @@ class GlmForCausalLM(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal weights of initializer_range; outputs into the residual stream shrink with depth. Norms become one."""
-        generator = torch.Generator().manual_seed(seed)
-        depth_scale = (2 * self.config.num_hidden_layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
-                spread = self.config.initializer_range * (depth_scale if into_residual else 1.0)
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        for (_, parameter), (_, value) in zip(self.named_parameters(), self.random_weights(seed), strict=True):
+            parameter.copy_(value)
+
+    def random_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """What `init_weights` sets, by name, one after the other on the CPU; also of a model on "meta"."""
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}  # those of now
+        return _random_weights(shapes, self.config, seed)
+
+
+def _random_weights(shapes: Mapping[str, torch.Size], config: GlmConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    depth_scale = (2 * config.num_hidden_layers) ** -0.5
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape)
+        elif name.endswith("bias"):
+            yield name, torch.zeros(shape)
+        else:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+            spread = config.initializer_range * (depth_scale if into_residual else 1.0)
+            yield name, torch.randn(shape, generator=generator) * spread
 
 
 def weights_of(module: nn.Module) -> dict[str, ops.Weight]:

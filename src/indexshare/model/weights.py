@@ -8,15 +8,13 @@ the model once plus one tensor.
 """
 
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,53 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from indexshare import runtime
-from indexshare.errors import CheckpointError, ConfigError, MemoryLimitError
+from indexshare.errors import CheckpointError, MemoryLimitError
 from indexshare.kernels.formats import QuantizedWeight
 from indexshare.kernels.packed import PackedWeight
-from indexshare.model.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, find_tensors, read_config
+from indexshare.model.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM, assign_weights, weights_of
-from indexshare.model.placement import enumerate_names, plan_weights
-from indexshare.model.safetensors_header import StoredTensor
+from indexshare.model.opening import EMBEDDING, LoadReport, Quant, open_checkpoint
 from indexshare.model.stored_weight import PLAIN_DTYPES, stored_tensors, views
 from indexshare.quant import quantization_config
-from indexshare.quant.policy import HEAD, IntegerFormat, Policy
 
-Quant = IntegerFormat | Literal["none"] | Policy
 DEFAULT_SHARD_BYTES = 5_000_000_000
-COMPARED_BYTES = 2**24
-EMBEDDING = "model.embed_tokens.weight"
-INDEXER_NAME = re.compile(r"model\.layers\.(\d{1,6})\.self_attn\.indexer\..+")
 WEIGHTS_NAME = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")  # what `save_model` writes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """What loading did beyond copying; tuples hold checkpoint names.
-
-    `skipped_indexers`: indexer tensors of layers that the given pattern made shared. `skipped_unexpected`: tensors
-    without a place in the model (only with strict=False). `widened_fp8`: weights converted from FP8. `mtp_absent`: the
-    configuration has an MTP layer, the files have none, and the model was built without. `num_bytes`: bytes read.
-    """
-
-    num_tensors: int
-    num_bytes: int
-    widened_fp8: tuple[str, ...] = ()
-    skipped_indexers: tuple[str, ...] = ()
-    skipped_unexpected: tuple[str, ...] = ()
-    mtp_absent: bool = False
-
-    def remarks(self) -> list[str]:
-        """One sentence for each thing that a user who did not look into the files should know."""
-        found = []
-        if self.skipped_indexers:
-            names = enumerate_names(self.skipped_indexers)
-            found.append(f"not used, because the index pattern makes their layers shared: {names}")
-        if self.mtp_absent:
-            found.append("the weights lack the MTP layer of config.json: the model is loaded without and cannot draft")
-        if self.skipped_unexpected:
-            found.append(f"not used, without a place in the model: {enumerate_names(self.skipped_unexpected)}")
-        return found
 
 
 def load_model(
@@ -133,121 +96,22 @@ def load_checkpoint(
     """
     if dtype not in PLAIN_DTYPES:
         raise CheckpointError(f"weights are loaded as bfloat16, float16 or float32, not {dtype}")
-    policy = Policy(format=quant) if quant in ("int8", "int4") else quant
-    if not isinstance(policy, Policy) and policy not in (None, "none"):
-        raise ConfigError(f"quant must be int8, int4 or none (or left out), not {quant!r}")
-    if config is not None and (index_pattern is not None or latent_norm_eps is not None):
-        raise ConfigError("give index_pattern and latent_norm_eps, or a whole config, not both")
-    directory = Path(directory)
-    content = read_config(directory)
-    stored = find_tensors(directory)
-    may_skip_indexers = index_pattern is not None or config is not None
-    if config is None:
-        num_layers = content.get("num_hidden_layers")
-        if isinstance(num_layers, int) and num_layers > len(stored):
-            raise CheckpointError(f"config.json has {num_layers} layers, the checkpoint only {len(stored)} tensors")
-        config = GlmConfig.from_json(
-            content, index_pattern=index_pattern, latent_norm_eps=latent_norm_eps, strict=strict
-        )
-    _check_plausible(config, stored)
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    mtp_absent = config.num_nextn_predict_layers > 0 and not any(name.startswith(mtp_prefix) for name in stored)
-    # What the model holds is seen in its weights; `quantization` describes the files.
-    config = replace(
-        config, quantization=None, num_nextn_predict_layers=0 if mtp_absent else config.num_nextn_predict_layers
+    opened = open_checkpoint(
+        directory,
+        config=config,
+        index_pattern=index_pattern,
+        latent_norm_eps=latent_norm_eps,
+        quant=quant,
+        strict=strict,
     )
-    skipped_indexers = _unused_indexers(stored, config) if may_skip_indexers else ()
-
-    with torch.device("meta"):
-        model = GlmForCausalLM(config)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.get_parameter(EMBEDDING)
-    placement = plan_weights(model.state_dict(keep_vars=True), stored, config.num_hidden_layers, policy)
-    used = placement.used
-    unexpected = tuple(sorted(stored.keys() - used - set(skipped_indexers) - _mtp_copies(stored, config)))
-    if unexpected and strict:
-        raise CheckpointError(
-            f"{directory} has {enumerate_names(unexpected)} without a place in the model; "
-            "config.json may not belong to these weights (strict=False skips them)"
-        )
-
+    model, placement = opened.model, opened.placement
     formats = sorted({weight_format for weight_format, _ in placement.formats.values()})
     held = " and ".join((*formats, str(dtype).removeprefix("torch.")))
     _check_memory(placement.allocate(dtype, "meta"), held, torch.device(device))
     weights = placement.allocate(dtype, device)
     widened = placement.fill(weights, progress)
     assign_weights(model, weights)
-    report = LoadReport(
-        num_tensors=len(used),
-        num_bytes=sum(stored[name].num_bytes for name in used),
-        widened_fp8=widened,
-        skipped_indexers=skipped_indexers,
-        skipped_unexpected=unexpected,
-        mtp_absent=mtp_absent,
-    )
-    return model, report
-
-
-def _check_plausible(config: GlmConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse sizes far beyond the files before a model of them is built, even without memory: it could overflow."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    queries = config.q_lora_rank or 0
-    least = config.vocab_size * hidden + hidden * (queries + config.latent_dim + heads * config.v_head_dim)
-    least += (queries or hidden) * heads * config.qk_head_dim + queries * config.index_n_heads * config.index_head_dim
-    least += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    if "dense" in config.mlp_layer_types:
-        least += 3 * hidden * config.intermediate_size
-    if "sparse" in config.mlp_layer_types:
-        least += 3 * hidden * config.moe_intermediate_size * (config.n_routed_experts + config.n_shared_experts)
-    # an I32 holds eight numbers of 4 bits
-    found = sum(math.prod(tensor.shape) * (8 if tensor.dtype == torch.int32 else 1) for tensor in stored.values())
-    if least > found:
-        raise CheckpointError(
-            f"config.json describes at least {least} parameters, the checkpoint has {found}; "
-            "it is incomplete or config.json is not its"
-        )
-
-
-def _unused_indexers(stored: Mapping[str, StoredTensor], config: GlmConfig) -> tuple[str, ...]:
-    """Indexer tensors (scales included) of layers that are shared."""
-    matches = (INDEXER_NAME.fullmatch(name) for name in stored)
-    return tuple(
-        sorted(
-            match[0]
-            for match in matches
-            if match and int(match[1]) < config.num_hidden_layers and not config.is_full(int(match[1]))
-        )
-    )
-
-
-def _mtp_copies(stored: Mapping[str, StoredTensor], config: GlmConfig) -> set[str]:
-    """Copies of embedding and head that an MTP layer brings along (DeepSeek-V3, GLM-4.7-Flash); ours borrows them.
-
-    Raises CheckpointError for ones that differ from the main model's: a layer with its own is not supported.
-    """
-    layer = f"model.layers.{config.num_hidden_layers}."
-    head = EMBEDDING if config.tie_word_embeddings else HEAD
-    originals = {layer + "embed_tokens.weight": EMBEDDING, layer + "shared_head.head.weight": head}
-    copies = {name: original for name, original in originals.items() if name in stored and original in stored}
-    for name, original in copies.items():
-        if not _same_data(stored[name], stored[original]):
-            raise CheckpointError(f"{name!r} is not a copy of {original!r}; an MTP layer with its own is not supported")
-    return set(copies)
-
-
-def _same_data(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors in files are equal, read a piece at a time."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    for begin in range(0, one.num_bytes, COMPARED_BYTES):
-        size = min(COMPARED_BYTES, one.num_bytes - begin)
-        pieces = [
-            replace(each, dtype=torch.uint8, shape=(size,), offset=each.offset + begin, num_bytes=size).read()
-            for each in (one, other)
-        ]
-        if not torch.equal(*pieces):
-            return False
-    return True
+    return model, replace(opened.report, widened_fp8=widened)
 
 
 def _check_memory(weights: Mapping[str, Tensor | QuantizedWeight], held: str, device: torch.device) -> None:

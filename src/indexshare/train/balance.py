@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from indexshare.model.glm import MixtureOfExperts
-from indexshare.train.distributed import global_sum
 
 
 def sequence_balance(scores: Tensor, sequence_starts: tuple[int, ...], num_chosen: int) -> Tensor:
@@ -48,9 +47,10 @@ class Balance:
         self._losses.setdefault(module.layer, sequence_balance(scores, self._starts, module.config.num_experts_per_tok))
 
     def loss(self) -> Tensor:
-        """The sum over layers; on several ranks this rank's part of the mean over all of them."""
-        if not self._losses:
-            return torch.zeros(())
-        total = torch.stack(list(self._losses.values())).sum()
-        num_tokens = torch.tensor(float(self._starts[-1]), device=total.device)
-        return total * (num_tokens / global_sum(num_tokens))
+        """The sum over layers."""
+        return torch.stack(list(self._losses.values())).sum() if self._losses else torch.zeros(())
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the batch."""
+        return self._starts[-1]

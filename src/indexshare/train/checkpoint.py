@@ -23,11 +23,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from indexshare.data.shards import write_file
 from indexshare.errors import CheckpointError, TrainingError
 from indexshare.train.distributed import agree, num_ranks, rank, write_on_main
 from indexshare.train.optim import named_state, named_tensors
+from indexshare.train.pipeline import names_elsewhere
 from indexshare.train.sharded_checkpoint import file_digest, read_shards, stored_shapes, write_shards
 
 FORMAT_VERSION = 2
@@ -186,8 +188,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Iterable[tor
     """
     document = read_state(checkpoint)
     _check_files(checkpoint, document["sha256"])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a step that was given up may have left its layers whole
     parameters = dict(named_tensors(model))
-    shapes = stored_shapes(checkpoint)
+    elsewhere = names_elsewhere(model)
+    shapes = {key: shape for key, shape in stored_shapes(checkpoint).items() if key.partition(":")[0] not in elsewhere}
     _check_same_shapes(checkpoint, parameters, {name: shape for name, shape in shapes.items() if ":" not in name})
     owners = {name: (parameter, state) for name, parameter, state in named_state(optimizers)}
     saved_state = [key for key in shapes if ":" in key]
@@ -224,11 +230,11 @@ def _check_same_shapes(checkpoint: Path, parameters: Mapping[str, Tensor], saved
         for name in parameters.keys() | saved.keys()
         if name not in parameters or name not in saved or parameters[name].shape != saved[name]
     )
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint} belongs to another model: {len(differing)} tensors differ, the first is {differing[0]}."
-            " Train in another output directory."
+    if agree((False, True), bool(differing)):  # a stage of a pipeline sees its own only
+        what = (
+            f"{len(differing)} tensors differ, the first is {differing[0]}" if differing else "another rank says which"
         )
+        raise CheckpointError(f"{checkpoint} belongs to another model: {what}. Train in another output directory.")
 
 
 def _random_state() -> dict[str, Any]:

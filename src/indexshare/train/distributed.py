@@ -4,6 +4,7 @@ torchrun starts the processes; without it there is one, and everything here cost
 its share of every step of one and the same run: with the same recipe, N ranks have the losses of one, up to rounding.
 Ranks lie in a mesh, the last dimension innermost, between the nearest neighbours:
 
+    pp    the same rows, of which each rank runs other layers
     dp    other rows of the batch
     cp    the same rows, of which each rank holds a contiguous part of the tokens
     ep    other rows of the batch, and other experts
@@ -69,12 +70,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def global_sum(value: Tensor) -> Tensor:
-    """The sum over all ranks, without gradient; the tensor itself when there is one process."""
+def global_sum(value: Tensor, ranks: distributed.ProcessGroup | None = None) -> Tensor:
+    """The sum over `ranks`, by default all, without gradient; the tensor itself when there is one process."""
     if num_ranks() == 1:
         return value
     total = value.detach().clone()
-    distributed.all_reduce(total)
+    distributed.all_reduce(total, group=ranks)
     return total
 
 
@@ -120,9 +121,10 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
 
     Every parameter that has a gradient is sharded over all ranks and none is held twice, so that squares add up.
     """
+    parameters = tuple(parameters)
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([gradient.norm() for gradient in gradients])
-    norm = global_sum(norms.double().square().sum()).sqrt()
+    nothing = torch.zeros((), dtype=torch.float64, device=parameters[0].device)  # a stage may have nothing to train
+    norm = global_sum(sum((gradient.norm().double().square() for gradient in gradients), nothing)).sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.to(gradient.dtype))
@@ -131,29 +133,41 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Sizes of the three dimensions, whose product is the number of ranks."""
+    """Sizes of the four dimensions, whose product is the number of ranks."""
 
+    pp: int = 1
     dp: int = 1
     cp: int = 1
     ep: int = 1
 
     @classmethod
-    def of(cls, total: int, *, cp: int = 1, ep: int = 1) -> Mesh:
+    def of(cls, total: int, *, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
         """The mesh of that many ranks; dp is what remains. Raises ConfigError."""
-        if min(cp, ep) < 1 or total % (cp * ep):
+        if min(pp, cp, ep) < 1 or total % (pp * cp * ep):
             raise ConfigError(
-                f"{total} processes do not divide into cp {cp} x ep {ep}: start a multiple of {cp * ep} of them"
+                f"{total} processes do not divide into pp {pp} x cp {cp} x ep {ep}:"
+                f" start a multiple of {pp * cp * ep} of them"
             )
-        return cls(dp=total // (cp * ep), cp=cp, ep=ep)
+        return cls(pp=pp, dp=total // (pp * cp * ep), cp=cp, ep=ep)
 
     @classmethod
-    def over_all(cls, *, cp: int = 1, ep: int = 1) -> Mesh:
+    def over_all(cls, *, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
         """The mesh of all ranks of this run. Raises ConfigError."""
-        return cls.of(num_ranks(), cp=cp, ep=ep)
+        return cls.of(num_ranks(), pp=pp, cp=cp, ep=ep)
 
     @property
     def num_ranks(self) -> int:
+        return self.pp * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that run the same layers."""
         return self.dp * self.cp * self.ep
+
+    @property
+    def stage(self) -> int:
+        """Which layers are this rank's."""
+        return rank() // self.stage_ranks
 
     @property
     def num_batches(self) -> int:
@@ -163,47 +177,39 @@ class Mesh:
     @property
     def batch_index(self) -> int:
         """Which of these parts is this rank's."""
-        return rank() // (self.cp * self.ep) * self.ep + rank() % self.ep
+        return rank() % self.stage_ranks // (self.cp * self.ep) * self.ep + rank() % self.ep
 
     def rows_of(self, batch: Batch) -> Batch:
         """This rank's rows of a batch that is the same on all ranks. Raises ConfigError when they do not come out even.
 
-        Ranks that differ in cp only have the same rows.
+        Ranks that differ in pp or cp only have the same rows.
         """
-        num_rows, length = batch.token_ids.shape
+        num_rows = len(batch.token_ids)
         if num_rows % self.num_batches:
             raise ConfigError(
                 f"a batch of {num_rows} rows does not divide among {self.num_batches} ranks (dp x ep): set batch_size"
                 f" to a multiple of {self.num_batches} in every phase of the recipe, or start fewer processes"
             )
-        if self.num_batches == 1:
-            return batch
         share = num_rows // self.num_batches
-        rows = slice(self.batch_index * share, (self.batch_index + 1) * share)
-        begin, end = rows.start * length, rows.stop * length
-        return Batch(
-            token_ids=batch.token_ids[rows],
-            targets=batch.targets[rows],
-            loss_weights=batch.loss_weights[rows],
-            positions=batch.positions[rows],
-            segment_starts=tuple(start - begin for start in batch.segment_starts if begin <= start <= end),
-        )
+        return batch.rows(self.batch_index * share, (self.batch_index + 1) * share)
 
 
 def over_all_ranks(losses: Any) -> Any:
     """A step's losses (`Losses`, a dataclass), each rank's its part of means: their sums, without gradient.
 
-    Acceptance is the mean over the ranks, which all watch about as many tokens.
+    Acceptance is the mean over the ranks that have tokens, which all watch about as many.
     """
     if num_ranks() == 1:
         return losses
     scalars = (losses.total, losses.lm, losses.mtp, losses.index_kl)
     sums = global_sum(torch.stack([scalar.detach().double() for scalar in scalars]))
+    tokens = torch.tensor([losses.num_tokens, losses.num_tokens > 0], device=sums.device)
+    num_tokens, num_watching = global_sum(tokens).tolist()
     return replace(
         losses,
         **dict(zip(("total", "lm", "mtp", "index_kl"), sums.unbind(), strict=True)),
-        num_tokens=int(global_sum(torch.tensor(losses.num_tokens, device=sums.device))),
-        mtp_acceptance=global_sum(losses.mtp_acceptance) / num_ranks(),
+        num_tokens=num_tokens,
+        mtp_acceptance=global_sum(losses.mtp_acceptance) / max(num_watching, 1),
         expert_counts={layer: global_sum(counts) for layer, counts in losses.expert_counts.items()},
         metrics={
             name: float(global_sum(torch.tensor(value, device=sums.device))) for name, value in losses.metrics.items()

@@ -162,7 +162,8 @@ def _norms(optimizers: Iterable[torch.optim.Optimizer], *, of_gradients: bool) -
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tensors = [parameter.grad if of_gradients else parameter.detach() for parameter in parameters]
         parts = [torch.linalg.vector_norm(local(tensor)) for tensor in tensors if tensor is not None]
-        if parts:
-            total = global_sum(torch.stack(parts).double().square().sum()).sqrt()
-            norms[type(optimizer).__name__] = float(f"{float(total):.5g}")
+        nothing = torch.zeros((), dtype=torch.float64, device=parameters[0].device)  # on this rank
+        total = float(global_sum(torch.stack(parts).double().square().sum() if parts else nothing).sqrt())
+        if total > 0.0:
+            norms[type(optimizer).__name__] = float(f"{total:.5g}")
     return norms

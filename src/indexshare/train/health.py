@@ -10,9 +10,16 @@ import math
 import statistics
 from dataclasses import dataclass
 
-# A spike: the total loss is above both bounds in two of the last three steps. One odd batch is no divergence.
-SPIKE_FACTOR = 3.0
-SPIKE_MARGIN = 1.0
+import torch
+from torch import nn
+
+from indexshare.train.distributed import agree, local
+from indexshare.train.optim import named_tensors
+
+# A spike: in two of the last three steps the loss is so many nats above the median of the steps before them, and above
+# the highest of them. One odd batch is no divergence; and where rows of two kinds alternate, the median says little.
+ABOVE_MEDIAN = 0.75
+ABOVE_HIGHEST = 0.25
 SPIKE_WINDOW = 64
 SPIKE_MIN_STEPS = 16
 MAX_ROLLBACKS = 3  # without a good step and its checkpoint in between; then batches are not what is wrong
@@ -46,8 +53,19 @@ def is_spike(losses: list[float]) -> bool:
 
 
 def spike_limit(usual: list[float]) -> float:
-    """Three times the median or one nat above it, whichever is more; infinite while there are too few to judge by."""
+    """What a loss may reach after these, in nats; infinite while there are too few to judge by."""
     if len(usual) < SPIKE_MIN_STEPS:
         return math.inf
-    median = statistics.median(usual)
-    return max(SPIKE_FACTOR * median, median + SPIKE_MARGIN)
+    return max(statistics.median(usual) + ABOVE_MEDIAN, max(usual) + ABOVE_HIGHEST)
+
+
+def find_non_finite(model: nn.Module) -> str:
+    """Where the model has a NaN or an infinity: the first such tensor, "" when there is none. On several ranks all of
+    them call this; none answers "" when one has found something in its shards."""
+    held = {name: local(tensor.detach()) for name, tensor in named_tensors(model)}
+    held = {name: tensor for name, tensor in held.items() if tensor.is_floating_point() and tensor.numel()}
+    extremes = [torch.stack(tensor.aminmax()).float() for tensor in held.values()]
+    is_finite = torch.stack(extremes).isfinite().all(dim=1).tolist() if extremes else []
+    found = next((name for name, finite in zip(held, is_finite, strict=True) if not finite), "")
+    is_somewhere = agree((False, True), bool(found))
+    return found or ("the part of another process" if is_somewhere else "")

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from indexshare.errors import KernelError
-from indexshare.kernels import registry
+from indexshare.kernels import native
 from indexshare.train.distributed import Mesh, agree, clip_gradients, is_main, num_ranks, over_all_ranks
 from indexshare.train.gauges import Gauges, beyond_limits
-from indexshare.train.health import SPIKE_WINDOW, Fault, find_spike
+from indexshare.train.health import SPIKE_WINDOW, Fault, find_non_finite, find_spike
 from indexshare.train.monitor import Monitor, StopSignals, last_logged_loss
 from indexshare.train.optim import (
     build_optimizers,
@@ -35,7 +35,7 @@ from indexshare.train.optim import (
     set_learning_rates,
     update_router_biases,
 )
-from indexshare.train.parallel import StepModule, parallelize
+from indexshare.train.parallel import StepModule, Weights, fill, parallelize
 from indexshare.train.phases import Phase, TrainRecipe
 from indexshare.train.provenance import explain_non_finite
 from indexshare.train.run import Losses, Run, State, is_calm, last_skipped, resume_or_start, roll_back, save
@@ -73,6 +73,7 @@ def train(
     max_minutes: float | None = None,
     progress: bool = True,
     mesh: Mesh | None = None,
+    weights: Weights | None = None,
 ) -> TrainResult:
     """Train `model` (initialised, fp32, on its device) in place.
 
@@ -83,17 +84,22 @@ def train(
 
     On several ranks (`distributed.py`) all of them call this with the same model and recipe, `batches` that give each
     its rows, and a `step_loss` that gives each its part of the means over all. `mesh`: by default everything is dp.
+    `weights`: then the model is on "meta", and these are all its weights (fp32) by name, which no rank holds at once.
 
-    A loss spike, NaN or infinity is a warning that names its origin: the run goes back to its last checkpoint and
-    leaves the batches around it out. A damaged checkpoint is a warning, too, and the one before it is used.
+    A loss spike, or a NaN or infinity in loss, gradient or weights is a warning that names its origin: the run goes
+    back to its last checkpoint and leaves the batches around it out. A damaged checkpoint is a warning, too, and the
+    one before it is used.
 
     Raises TrainingError when going back did not help (naming step, last checkpoint and remedy), when a checkpoint
     cannot be written, and when `output_directory` holds checkpoints and `resume` is false; ConfigError when the recipe
     differs from the one the run was started with and `accept_recipe_change` is false; CheckpointError when no
     checkpoint is intact or they belong to another model.
     """
+    native.enable()  # the choice of keys, sparse attention, and all of a model that is frozen
     step = StepModule(model, step_loss)
     parallelize(step, mesh or Mesh.over_all(), precision=recipe.precision)
+    if weights is not None:
+        fill(step, weights)
     run = Run(
         recipe=recipe,
         model=model,
@@ -120,7 +126,7 @@ def train(
         with (
             StopSignals() as signals,
             Monitor(
-                run.log if is_main() else Path(os.devnull), recipe.num_steps, state.step, progress and is_main()
+                run.log if is_main() else Path(os.devnull), recipe.phases, state.step, progress and is_main()
             ) as monitor,
         ):
             while (
@@ -190,16 +196,21 @@ def _usual_losses(run: Run, state: State) -> list[float]:
     return [] if is_first else state.recent_losses
 
 
+def _predicts_text(recipe: TrainRecipe, phase: Phase) -> bool:
+    """Whether the language-model loss is what falls: not where the model is frozen, nor in reinforcement learning."""
+    return phase.trains in ("all", "model") and recipe.data.get("kind") != "rl"
+
+
 def _forward(run: Run, batch: Any, phase: Phase) -> Losses:
     device = next(run.model.parameters()).device.type
-    with registry.specifications(), torch.autocast(device, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
+    with torch.autocast(device, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
         return run.step_loss(run.model, batch, phase)
 
 
 def _train_step(run: Run, state: State, is_logged: bool) -> dict[str, Any] | Fault:
     """One update of the model and of `state`; returns its log record, with gauges when it `is_logged`.
 
-    Nothing is updated when the loss or the gradient is unusable: then the fault is returned.
+    When the loss, the gradient or the weights after it are unusable, the fault is returned and `state` is as it was.
     """
     begin = time.monotonic()
     recipe, model, phase = run.recipe, run.model, run.recipe.phase_at(state.step)
@@ -222,12 +233,14 @@ def _train_step(run: Run, state: State, is_logged: bool) -> dict[str, Any] | Fau
         return fault(str(error))
     own_total, losses = losses.total, over_all_ranks(losses)
     total = float(losses.total.detach())
+    watched = float((losses.lm if _predicts_text(recipe, phase) else losses.total).detach())
     usual = _usual_losses(run, state)
     if not math.isfinite(total):
         return fault(f"the loss is {total}")
-    if state.step >= recipe.warmup_steps and (spike := find_spike([*usual, total], state.step)):
+    if state.step >= recipe.warmup_steps and (spike := find_spike([*usual, watched], state.step)):
         return spike
-    own_total.backward()
+    if own_total.requires_grad:  # a stage may have nothing to train
+        own_total.backward()
     readings = gauges.read(losses.expert_counts, run.optimizers) if gauges else {}
     gradient_norm = float(clip_gradients(model.parameters(), recipe.gradient_clip))
     if not math.isfinite(gradient_norm):
@@ -240,9 +253,12 @@ def _train_step(run: Run, state: State, is_logged: bool) -> dict[str, Any] | Fau
         optimizer.step()
     if phase.trains != "indexer":
         update_router_biases(model, losses.expert_counts, recipe.bias_update_rate)
+    if where := find_non_finite(model):
+        reason = f"the update made values that are not finite in {where}"
+        return Fault(reason=reason, steps=range(state.step, state.step + 1))
     state.step += 1
     state.num_tokens += losses.num_tokens
-    state.recent_losses = [*usual[1 - SPIKE_WINDOW :], total]
+    state.recent_losses = [*usual[1 - SPIKE_WINDOW :], watched]
     _warn_once(state, readings)
     return {
         "step": state.step,

@@ -8,16 +8,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from indexshare.data.shards import write_file
 from indexshare.errors import TrainingError
+from indexshare.train.phases import Phase
 
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 60.0
 
@@ -55,29 +58,33 @@ class StopSignals:
 class Monitor:
     """Context manager that writes log lines and shows progress on stderr: a bar on a terminal, else lines.
 
-    The first line comes early, so that one sees at once how long it will take; then there is one each minute.
+    The first line comes early, so that one sees at once how long it will take; then there is one each minute. The time
+    left is that of all tokens which are left, at the pace of the running phase.
     """
 
-    def __init__(self, log_path: Path, num_steps: int, first_step: int, progress: bool) -> None:
+    def __init__(self, log_path: Path, phases: Sequence[Phase], first_step: int, progress: bool) -> None:
         self._path = log_path
         self._log = log_path.open("ab", buffering=0)  # what a full disk refused is not tried again
-        self._num_steps = num_steps
+        tokens = [phase.batch_size * phase.sequence_length for phase in phases]  # of a step
+        steps = [phase.num_steps for phase in phases]
+        self._work = np.concatenate([[0], np.repeat(tokens, steps).cumsum()])  # tokens before each step
+        self._phases = np.repeat(np.arange(len(steps)), steps)  # of each step
+        self._num_steps = sum(steps)
         self._first_step = first_step
         self._progress = progress
-        self._started = time.monotonic()
-        self._next_line = self._started + SECONDS_TO_FIRST_LINE
+        now = time.monotonic()
+        self._pace_from = self._last = (first_step, now)  # since when the phase runs; the newest step
+        self._next_line = now + SECONDS_TO_FIRST_LINE
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             console=Console(stderr=True),
-            speed_estimate_period=300,
             disable=not (progress and sys.stderr.isatty()),
         )
-        self._task = self._bar.add_task("train", total=num_steps, completed=first_step, status="")
+        self._task = self._bar.add_task("train", total=self._num_steps, completed=first_step, status="")
 
     def __enter__(self) -> Monitor:
         if self._progress and self._first_step >= self._num_steps:
@@ -102,20 +109,27 @@ class Monitor:
             return
         step = record["step"]
         shown = record["lm"] or record["loss"]  # where the model is frozen there is no language-model loss
-        status = f"loss {shown:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, description=record["phase"], completed=step, status=status)
         now = time.monotonic()
+        left = timedelta(seconds=round(self._seconds_left(step, now)))
+        status = f"loss {shown:.3f}  {record['tokens_per_second']:,.0f} tokens/s  {left} left"
+        self._bar.update(self._task, description=record["phase"], completed=step, status=status)
         if self._progress and self._bar.disable and now >= self._next_line and step < self._num_steps:
             self._next_line = now + SECONDS_BETWEEN_LINES
-            remaining = (now - self._started) / (step - self._first_step) * (self._num_steps - step)
-            place = f"{record['phase']} step {step}/{self._num_steps}"
-            sys.stderr.write(f"{place}  {status}  {timedelta(seconds=round(remaining))} left\n")
+            sys.stderr.write(f"{record['phase']} step {step}/{self._num_steps}  {status}\n")
+
+    def _seconds_left(self, step: int, now: float) -> float:
+        """What the steps after `step` will take, which was completed at `now`."""
+        if self._phases[step - 1] != self._phases[self._pace_from[0]]:
+            self._pace_from = self._last
+        self._last = (step, now)
+        first, since = self._pace_from
+        return (now - since) / (self._work[step] - self._work[first]) * (self._work[-1] - self._work[step])
 
     def rewind(self, step: int) -> None:
         """Go on from an earlier step; `keep_log_until` has replaced the log."""
         self._log.close()
         self._log = self._path.open("ab", buffering=0)
-        self._first_step = min(self._first_step, step)
+        self._pace_from = self._last = (step, time.monotonic())
         self._bar.update(self._task, completed=step)
 
 

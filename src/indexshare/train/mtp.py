@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from indexshare.model.batch import ForwardBatch
 from indexshare.model.glm import GlmForCausalLM
@@ -45,6 +45,7 @@ def mtp_loss(
     *,
     num_steps: int = 1,
     objective: Objective = "cross_entropy",
+    ranks: distributed.ProcessGroup | None = None,
 ) -> MtpLoss:
     """The loss of `num_steps` drafts after every token of a packed batch; no step looks beyond its segment.
 
@@ -52,10 +53,11 @@ def mtp_loss(
     [T]. "cross_entropy" is the mean over steps, each weighing STEP_DECAY of the one before, of the mean over tokens.
     "acceptance" is n - E[accepted] = n - sum_j prod_{k<=j} sum_y min(p_k(y), q_k(y)), with p the model's distribution
     and q the draft's, where n are the steps (fewer at the end of a segment or of what is supervised); its gradient
-    reaches the MTP layer only, not p, `hidden` or the output matrix.
+    reaches the MTP layer only, not p, `hidden` or the output matrix. Means are over the tokens of `ranks`, by default
+    of all.
     """
     supervised = _supervision(targets, weights, batch.layout.sequence_starts, num_steps)
-    totals = global_sum(supervised.sum(1))
+    totals = global_sum(supervised.sum(1), ranks)
     source = hidden.detach() if objective == "acceptance" else hidden
     drafts = draft_states(model, source, batch, num_steps)
     # of the token that a row is read after: what it predicts with all steps, the model itself included, is one token

@@ -145,9 +145,10 @@ def update_router_biases(model: nn.Module, expert_counts: Mapping[int, Tensor], 
 
     `expert_counts`: by layer, [E] tokens routed to each expert; a layer that did not run is left out.
     """
+    held = dict(model.named_parameters())
     for layer, counts in expert_counts.items():
-        bias = model.get_submodule(f"model.layers.{layer}.mlp.gate").e_score_correction_bias
-        if not isinstance(bias, Tensor):  # a router that is balanced by a loss alone
+        bias = held.get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        if bias is None:  # a router that is balanced by a loss alone, or one of another stage
             continue
         load = counts.to(bias)
         bias.add_(torch.sign(load.mean() - load), alpha=rate)

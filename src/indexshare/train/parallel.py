@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -26,8 +26,9 @@ from indexshare.errors import ConfigError
 from indexshare.kernels import ops
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model.batch import ForwardBatch
-from indexshare.model.glm import Attention, DecoderLayer, Experts, GlmForCausalLM, MtpLayer
-from indexshare.train.distributed import Mesh, is_main, local
+from indexshare.model.glm import Attention, DecoderLayer, GlmForCausalLM, MixtureOfExperts, MtpLayer
+from indexshare.train.distributed import Mesh, communication_device, is_main, local, rank
+from indexshare.train.pipeline import cut, stage_of
 
 
 class StepModule(nn.Module):
@@ -44,19 +45,24 @@ class StepModule(nn.Module):
         return losses.total, losses
 
 
+Weights = Iterable[tuple[str, Tensor]]
+
+
 def parallelize(step: StepModule, mesh: Mesh, *, precision: str = "fp32") -> None:
     """Spreads the model in `step` over the ranks, in place; without torch.distributed nothing happens.
 
-    Each rank has built the same whole model. precision "bf16": layers are gathered in BF16, gradients summed in fp32.
-    Raises ConfigError when experts do not divide over `ep`.
+    Each rank has built the same whole model, on its device or on "meta": then `fill` gives it weights.
+    precision "bf16": layers are gathered in BF16, gradients summed in fp32.
+    Raises ConfigError when experts do not divide over `ep`, and layers not into as many stages as `pp`.
     """
     if not distributed.is_initialized():
         return
     model = step.model
     assert isinstance(model, GlmForCausalLM)
-    device = next(model.parameters()).device.type
-    everything = init_device_mesh(device, (mesh.num_ranks,), mesh_dim_names=("all",))
-    by_expert = init_device_mesh(device, (mesh.dp * mesh.cp, mesh.ep), mesh_dim_names=("shard", "ep"))
+    device = communication_device().type
+    cut(model, mesh.pp, mesh.stage)
+    everything = init_device_mesh(device, (mesh.pp, mesh.stage_ranks), mesh_dim_names=("pp", "all"))["all"]
+    by_expert = init_device_mesh(device, (mesh.pp, mesh.dp * mesh.cp, mesh.ep), mesh_dim_names=("pp", "shard", "ep"))
     if model.config.n_routed_experts % mesh.ep:
         raise ConfigError(f"{model.config.n_routed_experts} experts do not divide over ep {mesh.ep}")
     # A shared layer hands on the selection that it was given, which nobody changes in place.
@@ -69,17 +75,22 @@ def parallelize(step: StepModule, mesh: Mesh, *, precision: str = "fp32") -> Non
     # The loop moves these, not gradients, by the same counts everywhere: a copy on each rank.
     biases = {value for name, value in model.named_parameters() if name.endswith("e_score_correction_bias")}
     sharded: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for name, weight in tuple(module.named_parameters()):
-                setattr(module, name, nn.Parameter(distribute_tensor(weight.data, by_expert["ep"], [Shard(0)])))
-            module.dispatch = ExpertDispatch(by_expert["ep"].get_group())
-            sharded.append(fully_shard(module, mesh=by_expert["shard"], shard_placement_fn=_by_rows, mp_policy=policy))
     for layer in model.model.layers:
+        if not isinstance(layer, DecoderLayer):
+            continue  # of another stage
+        is_mtp = isinstance(layer, MtpLayer)
+        # a stage runs its layers several times in a step, and gathers them once
+        options: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": is_mtp or mesh.pp == 1}
+        if isinstance(layer.mlp, MixtureOfExperts):
+            experts = layer.mlp.experts
+            for name, weight in tuple(experts.named_parameters()):
+                placed = distribute_tensor(weight.data, by_expert["ep"], [Shard(0)], src_data_rank=None)
+                setattr(experts, name, nn.Parameter(placed))
+            experts.dispatch = ExpertDispatch(by_expert["ep"].get_group())
+            sharded.append(fully_shard(experts, mesh=by_expert["shard"], shard_placement_fn=_by_rows, **options))
         # Parts of the MTP layer are used outside of its call: all but attention and experts go to the root.
-        assert isinstance(layer, DecoderLayer)
-        part = layer.self_attn if isinstance(layer, MtpLayer) else layer
-        sharded.append(fully_shard(part, mesh=everything, ignored_params=biases, mp_policy=policy))
+        part = layer.self_attn if is_mtp else layer
+        sharded.append(fully_shard(part, mesh=everything, ignored_params=biases, **options))
         if layer.self_attn.indexer is not None:
             layer.self_attn.register_forward_hook(_unshard_for_index_loss(part))
     # The root, too, keeps nothing whole between forward and backward: a step may be given up there.
@@ -89,11 +100,29 @@ def parallelize(step: StepModule, mesh: Mesh, *, precision: str = "fp32") -> Non
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
+@torch.no_grad()
+def fill(step: StepModule, weights: Weights) -> None:
+    """Gives a model on "meta" that has been spread over ranks its weights: each rank keeps its shards of those it runs.
+
+    weights: all names with whole values, one after the other, the same on all ranks; never all of them in memory.
+    """
+    step.to_empty(device=communication_device())
+    waiting = dict(step.model.named_parameters())
+    for name, value in weights:
+        place = waiting.pop(name, None)
+        if isinstance(place, DTensor):
+            whole = value.to(place.device, place.dtype)
+            value = distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None).to_local()
+        if place is not None:
+            local(place).copy_(value)
+    assert not waiting, f"no weights for {sorted(waiting)[:3]}"
+
+
 def context_share(mesh: Mesh, device: str) -> ContextShare | None:
     """The ranks that divide the tokens of their common rows; None where nobody does."""
     if mesh.cp == 1:
         return None
-    ranks = init_device_mesh(device, (mesh.dp, mesh.cp, mesh.ep), mesh_dim_names=("dp", "cp", "ep"))
+    ranks = init_device_mesh(device, (mesh.pp, mesh.dp, mesh.cp, mesh.ep), mesh_dim_names=("pp", "dp", "cp", "ep"))
     return ContextShare(group=ranks["cp"].get_group())
 
 
@@ -245,14 +274,26 @@ class ContextShare:
         )
 
 
-def whole_model(model: GlmForCausalLM) -> GlmForCausalLM:
+def whole_model(model: GlmForCausalLM, mesh: Mesh) -> GlmForCausalLM:
     """The model without shards: in the main process a copy on the CPU, elsewhere one without memory. For all ranks."""
     if not distributed.is_initialized():
         return model
     with torch.device("cpu" if is_main() else "meta"):
         whole = GlmForCausalLM(model.config)
+    held = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            whole.get_parameter(name).copy_(value)
+        for name, target in whole.named_parameters():
+            stage = stage_of(name, model.config, mesh.pp)
+            value = torch.empty(
+                target.shape, dtype=target.dtype, device=communication_device() if is_main() else "meta"
+            )
+            if stage == mesh.stage:
+                parameter = held[name].detach()
+                value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if stage > 0 and rank() == stage * mesh.stage_ranks:
+                    distributed.send(value.contiguous(), 0)
+            elif is_main():
+                distributed.recv(value, stage * mesh.stage_ranks)
+            if is_main():
+                target.copy_(value)
     return whole

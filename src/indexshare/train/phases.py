@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from indexshare.model.config import GlmConfig
+
+# What a recipe's file may say; without a NaN or an infinity.
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0.0, le=sys.float_info.max)]
+Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,20 +33,20 @@ class Phase:
     """
 
     name: str
-    num_steps: int
+    num_steps: Count
     attention: Literal["dense", "sparse"]
     trains: Literal["all", "indexer", "model", "mtp"] = "all"
-    index_loss_weight: float = 0.0
-    mtp_loss_weight: float = 0.0
-    mtp_num_steps: int = 1
+    index_loss_weight: NotNegative = 0.0
+    mtp_loss_weight: NotNegative = 0.0
+    mtp_num_steps: Count = 1
     mtp_objective: Literal["cross_entropy", "acceptance"] = "cross_entropy"
-    balance_loss_weight: float = 0.0
-    index_stride: int = 4
+    balance_loss_weight: NotNegative = 0.0
+    index_stride: Count = 4
     index_target: Literal["selected", "visible"] = "selected"
     recompute: bool = False
-    sequence_length: int
-    batch_size: int
-    learning_rate_scale: float = 1.0
+    sequence_length: Count
+    batch_size: Count
+    learning_rate_scale: NotNegative = 1.0
     data: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
@@ -48,18 +57,18 @@ class TrainRecipe:
     name: str
     model: GlmConfig
     phases: tuple[Phase, ...]
-    seed: int
-    learning_rate_muon: float
-    learning_rate_adamw: float
-    warmup_steps: int
-    min_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    bias_update_rate: float = 0.001
+    seed: Annotated[int, Meta(ge=0)]
+    learning_rate_muon: NotNegative
+    learning_rate_adamw: NotNegative
+    warmup_steps: Annotated[int, Meta(ge=0)]
+    min_lr_ratio: Share = 0.1
+    weight_decay: NotNegative = 0.1
+    gradient_clip: Positive = 1.0
+    bias_update_rate: NotNegative = 0.001
     muon_split: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_every: int = 200
-    log_every: int = 10
+    checkpoint_every: Count = 200
+    log_every: Count = 10
     data: Mapping[str, int | float | str] = field(default_factory=dict)
 
     @property

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from indexshare import runtime
 from indexshare.errors import ConfigError
 from indexshare.model.config import GlmConfig
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.inspect import token_work
 from indexshare.train.distributed import Mesh
 from indexshare.train.optim import is_muon
+from indexshare.train.pipeline import stage_layers, stage_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,29 +104,53 @@ class TrainPlan:
 
 def count_units(config: GlmConfig) -> Counter[tuple[str, int]]:
     """Parameters by what `parallelize` gathers at once: ("experts", layer), ("layer", layer) and ("root", -1)."""
-    with torch.device("meta"):
-        model = GlmForCausalLM(config)
-    units: Counter[tuple[str, int]] = Counter()
-    for name, parameter in model.named_parameters():
-        if name.endswith("e_score_correction_bias"):
-            continue  # a copy on each rank
-        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
-        if ".mlp.experts." in name:
-            units["experts", layer] += parameter.numel()
-        elif layer == -1 or (layer == config.num_hidden_layers and ".self_attn." not in name):
-            units["root", -1] += parameter.numel()
-        else:
-            units["layer", layer] += parameter.numel()
-    return units
+    return _Stage.all_of(config, 1)[0].units
 
 
-def _muon_numbers(config: GlmConfig) -> tuple[int, int]:
-    """Parameters that Muon and that AdamW update."""
-    with torch.device("meta"):
-        model = GlmForCausalLM(config)
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    muon = sum(parameter.numel() for name, parameter in trained if is_muon(name, parameter))
-    return muon, sum(parameter.numel() for _, parameter in trained) - muon
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """What the ranks of one stage hold. layers: without the MTP layer; units: as in `count_units`; muon, adamw: numbers
+    that they update, experts among them."""
+
+    layers: range
+    is_last: bool
+    units: Counter[tuple[str, int]]
+    muon: int
+    adamw: int
+
+    @classmethod
+    def all_of(cls, config: GlmConfig, num_stages: int) -> tuple[_Stage, ...]:
+        with torch.device("meta"):
+            model = GlmForCausalLM(config)
+        units: list[Counter[tuple[str, int]]] = [Counter() for _ in range(num_stages)]
+        numbers: list[Counter[bool]] = [Counter() for _ in range(num_stages)]
+        for name, parameter in model.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                continue  # a copy on each rank
+            stage = stage_of(name, config, num_stages)
+            numbers[stage][is_muon(name, parameter)] += parameter.numel()
+            layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+            if ".mlp.experts." in name:
+                units[stage]["experts", layer] += parameter.numel()
+            elif layer == -1 or (layer == config.num_hidden_layers and ".self_attn." not in name):
+                units[stage]["root", -1] += parameter.numel()
+            else:
+                units[stage]["layer", layer] += parameter.numel()
+        stages = zip(stage_layers(config, num_stages), units, numbers, strict=True)
+        return tuple(
+            cls(
+                layers=layers,
+                is_last=layers.stop == config.num_hidden_layers,
+                units=held,
+                muon=by[True],
+                adamw=by[False],
+            )
+            for layers, held, by in stages
+        )
+
+    def num_mtp(self, config: GlmConfig) -> int:
+        """MTP layers here."""
+        return config.num_nextn_predict_layers * self.is_last
 
 
 def make_train_plan(
@@ -136,95 +162,129 @@ def make_train_plan(
     length: int,
     rows: int = 1,
     precision: Literal["fp32", "bf16"] = "bf16",
+    recompute: bool = True,
     memory_bytes: int | None = None,
 ) -> TrainPlan:
     """Of one step with `rows` rows of `length` tokens for each group of cp ranks. Raises ConfigError.
 
-    memory_bytes: of a device, in place of the cluster's.
+    recompute: as in a phase; memory is that with it. memory_bytes: of a device, in place of the cluster's.
     """
     if config.n_routed_experts % mesh.ep or (rows * length) % mesh.cp:
         raise ConfigError("ep must divide the experts, and cp the tokens of a batch")
-    units = count_units(config)
     tokens = rows * length // mesh.cp  # of one rank
     narrow = 2 if precision == "bf16" else FP32
-    memory = _memory(config, units, mesh, tokens, narrow)
-    needed = sum(memory.values())
+    stages = _Stage.all_of(config, mesh.pp)
+    # stages run one row after the other
+    running = tokens if mesh.pp == 1 else length // mesh.cp
+    memories = [_memory(config, stage, mesh, tokens, running, narrow) for stage in stages]
+    memory = max(memories, key=lambda found: sum(found.values()))
+    volumes = [_volumes(config, stage, mesh, cluster, tokens, narrow, recompute) for stage in stages]
     context = length / 2  # keys that a token sees on average
     work = token_work(config, max(1, int(context)))
+    longest = max(len(stage.layers) for stage in stages) / config.num_hidden_layers
+    waiting = (rows + mesh.pp - 1) / rows  # the first stage begins before the last one has anything to do
     return TrainPlan(
         model=name,
         cluster=cluster,
         mesh=mesh,
         length=length,
         rows=rows,
-        tokens_per_step=tokens * mesh.num_ranks,
+        tokens_per_step=tokens * mesh.num_ranks // mesh.pp,
         memory=memory,
-        volumes=tuple(_volumes(config, units, mesh, cluster, tokens, narrow)),
+        volumes=tuple(max(volumes, key=lambda found: sum(volume.seconds for volume in found))),
         # forward, twice as much backward, and the forward pass again
-        compute_seconds=4 * work.total * tokens / (cluster.compute * cluster.utilisation),
-        fits=needed <= (memory_bytes or cluster.memory_bytes),
+        compute_seconds=4 * work.total * longest * waiting * tokens / (cluster.compute * cluster.utilisation),
+        fits=sum(memory.values()) <= (memory_bytes or cluster.memory_bytes),
     )
 
 
-def _memory(config: GlmConfig, units: Counter[tuple[str, int]], mesh: Mesh, tokens: int, narrow: int) -> dict[str, int]:
-    shard = -(-sum(units.values()) // mesh.num_ranks)
-    muon, adamw = (-(-numbers // mesh.num_ranks) for numbers in _muon_numbers(config))
-    whole = [
-        units["layer", layer] + units["experts", layer] // mesh.ep for layer in range(config.num_hidden_layers + 1)
-    ]
+def _memory(config: GlmConfig, stage: _Stage, mesh: Mesh, tokens: int, running: int, narrow: int) -> dict[str, int]:
+    units, num_mtp = stage.units, stage.num_mtp(config)
+    shard, muon, adamw = (-(-numbers // mesh.stage_ranks) for numbers in (sum(units.values()), stage.muon, stage.adamw))
+    whole = {layer: units["layer", layer] + units["experts", layer] // mesh.ep for layer in stage.layers}
+    mtp = config.num_hidden_layers
+    largest = max(*whole.values(), units["layer", mtp] + units["experts", mtp] // mesh.ep)
     hidden, experts = config.hidden_size, config.num_experts_per_tok
     # queries, attended values and their projections of all heads; rows of chosen experts; each once more as a gradient
     attention = config.num_attention_heads * (2 * config.qk_head_dim + config.latent_dim + config.v_head_dim)
     feed_forward = experts * (2 * hidden + 3 * config.moe_intermediate_size)
+    if mesh.pp == 1:  # the one that runs and the one that is on its way
+        gathered = {
+            "gathered layers (2)": 2 * largest * narrow,
+            "gradients of a gathered layer": largest * (narrow + FP32),
+        }
+    else:
+        gathered = {
+            "gathered layers of a stage": sum(whole.values()) * narrow,
+            "gradients of them": sum(whole.values()) * FP32,
+        }
+    num_full = sum(map(config.is_full, stage.layers)) + num_mtp
     return {
         "parameters (fp32 shard)": FP32 * shard,
         "gradients (fp32 shard)": FP32 * shard,
         "Muon (1 buffer)": FP32 * muon,
         "AdamW (2 buffers)": 2 * FP32 * adamw,
-        # the one that runs and the one that is on its way
-        "gathered layers (2)": 2 * max(whole) * narrow,
-        "gradients of a gathered layer": max(whole) * (narrow + FP32),
+        **gathered,
         "embedding, head and MTP, gathered, with gradients": 2 * FP32 * units["root", -1],
-        "kept activations (one layer input each)": FP32 * tokens * hidden * (config.num_hidden_layers + 1),
-        "kept selections (full layers)": 4 * tokens * config.index_topk * (len(config.full_layers) + 1),
-        "activations of a layer that runs": 2 * narrow * tokens * (attention + feed_forward),
-        "logits and their gradient": 2 * FP32 * tokens * config.vocab_size,
+        "kept activations (one layer input each)": FP32 * tokens * hidden * (len(stage.layers) + num_mtp),
+        "kept selections (full layers)": 4 * tokens * config.index_topk * num_full,
+        "activations of a layer that runs": 2 * narrow * running * (attention + feed_forward),
+        # of one tile at a time, see `token_nats`
+        "logits": min(4 * FP32 * tokens * config.vocab_size, runtime.settings().workspace_bytes) * stage.is_last,
     }
 
 
 def _volumes(
-    config: GlmConfig, units: Counter[tuple[str, int]], mesh: Mesh, cluster: Cluster, tokens: int, narrow: int
+    config: GlmConfig, stage: _Stage, mesh: Mesh, cluster: Cluster, tokens: int, narrow: int, recompute: bool
 ) -> list[Volume]:
     by_kind: Counter[str] = Counter()
-    for (kind, _), numbers in units.items():
+    for (kind, _), numbers in stage.units.items():
         by_kind[kind] += numbers
-    experts, others = by_kind["experts"] // mesh.ep, by_kind["layer"]
-    all_ranks, expert_ranks = mesh.num_ranks, mesh.num_ranks // mesh.ep
-    muon_experts, muon_others = experts // expert_ranks, (_muon_numbers(config)[0] - by_kind["experts"]) // all_ranks
-    num_mtp, num_sparse = config.num_nextn_predict_layers, config.mlp_layer_types.count("sparse")
+    num_mtp, mtp = stage.num_mtp(config), config.num_hidden_layers
+    mtp_layer, mtp_experts = stage.units["layer", mtp], stage.units["experts", mtp]
+    ranks, expert_ranks = mesh.stage_ranks, mesh.stage_ranks // mesh.ep
+    num_sparse = sum(config.mlp_layer_types[layer] == "sparse" for layer in stage.layers)
     rows = tokens * config.num_experts_per_tok * config.hidden_size * narrow
     # each rank runs the MTP layer over the tokens of all
     routed = (num_sparse + num_mtp * mesh.cp) * rows
-    keys = config.num_hidden_layers * config.latent_dim + len(config.full_layers) * config.index_head_dim
+    num_full = sum(map(config.is_full, stage.layers))
+    keys = len(stage.layers) * config.latent_dim + num_full * config.index_head_dim
     hidden = num_mtp * config.hidden_size * FP32
-    gathered = mesh.cp * tokens * (keys * narrow + hidden)
+    scattered = mesh.cp * tokens * (keys * narrow + hidden)
+    gathered = scattered + recompute * mesh.cp * tokens * keys * narrow
+    # there and back, forward, once more before the way back, backward
+    routed_times = 6 if recompute else 4
+    # forward and backward each gather a layer; a stage keeps its own from the first row on
+    gathers = 2 if mesh.pp == 1 else 1
+    layers = gathers * (by_kind["layer"] - mtp_layer) + 2 * mtp_layer
+    experts = gathers * (by_kind["experts"] - mtp_experts) + 2 * mtp_experts
+    boundaries = (stage.layers.start > 0) + (not stage.is_last)
+    lends = config.num_nextn_predict_layers * (stage.layers.start == 0 or stage.is_last) * (mesh.pp > 1)
+    row_bytes = tokens * config.hidden_size * FP32
 
-    def volume(name: str, ranks: int, span: int, payload: int) -> Volume:
-        sent = payload * (ranks - 1) // ranks
+    def volume(name: str, ranks: int, span: int, payload: int, is_sent_whole: bool = False) -> Volume:
+        sent = payload if is_sent_whole else payload * (ranks - 1) // ranks
         speed = cluster.inside_node if span <= cluster.devices_per_node else cluster.between_nodes
         return Volume(name=name, ranks=ranks, payload_bytes=payload, sent_bytes=sent, seconds=sent / speed)
 
-    # forward and backward each gather a layer
     return [
-        volume("FSDP all-gather", all_ranks, all_ranks, 2 * (others * narrow + by_kind["root"] * FP32)),
-        volume("FSDP reduce-scatter", all_ranks, all_ranks, FP32 * (others + by_kind["root"])),
-        volume("FSDP all-gather, experts", expert_ranks, all_ranks, 2 * experts * narrow),
-        volume("FSDP reduce-scatter, experts", expert_ranks, all_ranks, FP32 * experts),
-        volume("EP all-to-all", mesh.ep, mesh.ep, 4 * routed),  # there and back, forward and backward
+        volume("FSDP all-gather", ranks, ranks, layers * narrow + 2 * by_kind["root"] * FP32),
+        volume("FSDP reduce-scatter", ranks, ranks, FP32 * (by_kind["layer"] + by_kind["root"])),
+        volume("FSDP all-gather, experts", expert_ranks, ranks, experts // mesh.ep * narrow),
+        volume("FSDP reduce-scatter, experts", expert_ranks, ranks, FP32 * by_kind["experts"] // mesh.ep),
+        volume("EP all-to-all", mesh.ep, mesh.ep, routed_times * routed),
         volume("CP all-gather", mesh.cp, mesh.cp * mesh.ep, gathered),
-        volume("CP reduce-scatter", mesh.cp, mesh.cp * mesh.ep, gathered),
-        volume("Muon all-to-all", all_ranks, all_ranks, 2 * muon_others * narrow),
-        volume("Muon all-to-all, experts", expert_ranks, all_ranks, 2 * muon_experts * narrow),
+        volume("CP reduce-scatter", mesh.cp, mesh.cp * mesh.ep, scattered),
+        volume("PP hidden states", mesh.pp, mesh.num_ranks, boundaries * row_bytes, True),
+        # at most: of the different tokens of a batch
+        volume("PP embedding for MTP", mesh.pp, mesh.num_ranks, lends * row_bytes, True),
+        volume("Muon all-to-all", ranks, ranks, 2 * (stage.muon - by_kind["experts"]) // ranks * narrow),
+        volume(
+            "Muon all-to-all, experts",
+            expert_ranks,
+            ranks,
+            2 * (by_kind["experts"] // mesh.ep // expert_ranks) * narrow,
+        ),
     ]
 
 
@@ -236,7 +296,8 @@ def render(plan: TrainPlan) -> RenderableType:
     mesh = plan.mesh
     unit, divisor = ("GiB", GIB) if plan.needed_bytes >= GIB else ("MiB", MIB)
     devices = "1 device" if mesh.num_ranks == 1 else f"{mesh.num_ranks:,} devices"
-    title = f"{plan.model} on {devices}: dp {mesh.dp} x cp {mesh.cp} x ep {mesh.ep}"
+    stages = f"pp {mesh.pp} x " if mesh.pp > 1 else ""
+    title = f"{plan.model} on {devices}: {stages}dp {mesh.dp} x cp {mesh.cp} x ep {mesh.ep}"
     memory = Table(title=f"{title}; memory of each", title_justify="left")
     memory.add_column("what")
     memory.add_column(unit, justify="right")
@@ -252,7 +313,7 @@ def render(plan: TrainPlan) -> RenderableType:
             size = f"{volume.sent_bytes / divisor:,.2f}"
             volumes.add_row(volume.name, f"{volume.ranks:,}", size, f"{volume.seconds:.3f}")
     seconds = sum(volume.seconds for volume in plan.volumes)
-    verdict = "fits" if plan.fits else "does not fit: more devices, a shorter batch, or more ep and cp"
+    verdict = "fits" if plan.fits else "does not fit: more devices, a shorter batch, or more pp, ep and cp"
     return Group(
         memory,
         *([volumes] if mesh.num_ranks > 1 else []),

@@ -5,30 +5,43 @@ indexshare train tiny --output runs/tiny        the same path in a minute, for a
 indexshare train chats.toml                     data of one's own, see `recipes_file`
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine.resolve import resolve_model
-from indexshare.errors import ConfigError, TrainingError
+from indexshare.errors import ConfigError
 from indexshare.model import recipes as model_recipes
 from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.weights import load_model
-from indexshare.train.data import Batch, Mixture, PackedBatches, prepare
+from indexshare.train.data import Batch, prepare
 from indexshare.train.distributed import Mesh, is_main, wait_for_all
 from indexshare.train.export import export_model
 from indexshare.train.initialize import initialize_induction
 from indexshare.train.loop import Losses, Phase, TrainRecipe, TrainResult, train
 from indexshare.train.losses import step_loss
-from indexshare.train.parallel import ContextShare, context_share, whole_model
+from indexshare.train.parallel import ContextShare, Weights, context_share, whole_model
+from indexshare.train.pipeline import Pipeline, pipeline_place
 from indexshare.train.recipes_file import read_recipe, with_ends
-from indexshare.train.recipes_run import StepLoss, first_model, read_texts, rollout_batches, row_batches, without_critic
+from indexshare.train.recipes_run import (
+    StepLoss,
+    check_phases,
+    first_model,
+    make_writable,
+    phase_batches,
+    read_texts,
+    rollout_batches,
+    row_batches,
+    with_contents,
+    without_critic,
+)
 
 
 def nano() -> TrainRecipe:
@@ -93,8 +106,11 @@ def nano() -> TrainRecipe:
 
 
 def nano_long() -> TrainRecipe:
-    """The second stage of the shipped model: tool calls, rows of 65,536 and 131,072 tokens, most of them
-    one document, and an end on shorter rows, with falling rates."""
+    """The second stage of the shipped model: tool calls, then rows of 65,536 and 131,072 tokens, most of them one or
+    two documents, and an end on short rows that leaves the indexers as they are.
+
+    The rate falls over all steps, which are of very unequal size: the long rows make up for that by their scale.
+    """
     short = Phase(
         name="tools",
         num_steps=250,
@@ -110,7 +126,7 @@ def nano_long() -> TrainRecipe:
     )
     long = Phase(
         name="64K",
-        num_steps=40,
+        num_steps=23,
         attention="sparse",
         index_loss_weight=1.0,
         mtp_loss_weight=0.1,
@@ -122,29 +138,37 @@ def nano_long() -> TrainRecipe:
         learning_rate_scale=2.0,
         data={"min_document": 49_152},
     )
+    longest = replace(
+        long,
+        name="128K",
+        num_steps=36,
+        sequence_length=131_072,
+        index_stride=512,
+        learning_rate_scale=3.0,
+        data={"code": 0.15, "retrieval": 0.8, "min_document": 49_152, "document_weight": 0.25, "position_skips": 0.0},
+    )
     return TrainRecipe(
         name="nano-long",
         model=model_recipes.nano(),
         phases=(
             short,
             long,
+            longest,
             replace(
-                long,
-                name="128K",
-                num_steps=20,
-                sequence_length=131_072,
-                index_stride=512,
-                data={"min_document": 98_304},
+                longest,
+                name="128K, falling",
+                num_steps=14,
+                learning_rate_scale=1.2,
+                data={**longest.data, "code": 0.3, "retrieval": 0.65},
             ),
             replace(
                 short,
                 name="end",
-                num_steps=120,
-                sequence_length=8192,
-                batch_size=1,
-                index_stride=32,
-                learning_rate_scale=1.0,
-                data={"code": 0.6, "retrieval": 0.25, "repeats": 0.0},
+                num_steps=107,
+                trains="model",
+                index_loss_weight=0.0,
+                learning_rate_scale=0.5,
+                data={"code": 0.6, "retrieval": 0.15, "repeats": 0.0},
             ),
         ),
         seed=2027,
@@ -154,7 +178,7 @@ def nano_long() -> TrainRecipe:
         min_lr_ratio=0.02,
         bias_update_rate=0.002,
         precision="bf16",
-        checkpoint_every=5,
+        checkpoint_every=3,
         log_every=1,
         data={
             "start": "runs/nano/model",
@@ -212,55 +236,33 @@ def recipe_named(name: str) -> TrainRecipe:
     return RECIPES[name]()
 
 
-def phase_batches(recipe: TrainRecipe, data_directory: Path) -> Callable[[int], Batch]:
-    """batches(step) over all phases, each with its own length, size and order; a pure function of the step."""
-    sources: list[tuple[int, PackedBatches]] = []
-    first_step = 0
-    for index, phase in enumerate(recipe.phases):
-        data = {**recipe.data, **phase.data}
-        mixture = Mixture(
-            code=float(data["code"]),
-            retrieval=float(data["retrieval"]),
-            repeats=float(data["repeats"]),
-            position_skips=float(data["position_skips"]),
-            max_position=int(data["max_position"]),
-            **({"min_document": int(data["min_document"])} if "min_document" in data else {}),
-        )
-        source = PackedBatches(
-            data_directory,
-            sequence_length=phase.sequence_length,
-            batch_size=phase.batch_size,
-            seed=recipe.seed + index,
-            mixture=mixture,
-        )
-        sources.append((first_step, source))
-        first_step += phase.num_steps
-
-    def batches(step: int) -> Batch:
-        start, source = next(entry for entry in reversed(sources) if entry[0] <= step)
-        return source.batch(step - start)
-
-    return batches
-
-
-def phase_loss(context: ContextShare | None = None) -> Callable[[nn.Module, Batch, Phase], Losses]:
-    """step_loss(model, batch, phase) as the loop wants it; context: the ranks that divide the tokens of a batch."""
+def phase_loss(
+    context: ContextShare | None = None, pipeline: Pipeline | None = None
+) -> Callable[[nn.Module, Batch, Phase], Losses]:
+    """step_loss(model, batch, phase) as the loop wants it; context: the ranks that divide the tokens of a batch,
+    pipeline: those that divide the layers, through which its rows go one after another."""
 
     def losses(model: nn.Module, batch: Batch, phase: Phase) -> Losses:
         assert isinstance(model, GlmForCausalLM)
         device = next(model.parameters()).device
-        batch = batch.without_padding() if context is None else batch  # ranks have to divide it evenly
+        parts = [batch] if pipeline is None else [batch.rows(row, row + 1) for row in range(len(batch.token_ids))]
+        if context is None:  # else ranks have to divide it evenly
+            parts = [part.without_padding() for part in parts]
+        offsets = list(accumulate((part.token_ids.size for part in parts), initial=0))
         token_ids, targets, positions, weights = (
-            torch.from_numpy(array).flatten().to(device)
-            for array in (batch.token_ids, batch.targets, batch.positions, batch.loss_weights)
+            torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+            for arrays in zip(
+                *((part.token_ids, part.targets, part.positions, part.loss_weights) for part in parts), strict=True
+            )
         )
+        starts = [start + offset for part, offset in zip(parts, offsets, strict=False) for start in part.segment_starts]
         return step_loss(
             model,
             token_ids,
             targets,
             positions,
             weights,
-            batch.segment_starts,
+            (*dict.fromkeys(starts),),  # a part ends where the next begins
             attention=phase.attention,
             trains=phase.trains,
             mtp_weight=phase.mtp_loss_weight,
@@ -272,9 +274,17 @@ def phase_loss(context: ContextShare | None = None) -> Callable[[nn.Module, Batc
             recompute=phase.recompute,
             balance_weight=phase.balance_loss_weight,
             context=context,
+            pipeline=pipeline,
+            part_starts=tuple(offsets[:-1]),
         )
 
     return losses
+
+
+def shared_loss(mesh: Mesh, device: str) -> Callable[[nn.Module, Batch, Phase], Losses]:
+    """`phase_loss` of a run over a mesh."""
+    device = torch.device(device).type
+    return phase_loss(context_share(mesh, device), pipeline_place(mesh, device))
 
 
 def run(
@@ -294,18 +304,22 @@ def run(
     A run that was stopped early leaves the model as it is then. Returns the model (BF16) and how the run ended;
     of several processes the main one has and writes the model. mesh: how they share the work.
     accept_recipe_change: go on from a checkpoint although the recipe has changed since the run was started.
-    Raises TrainingError, before anything else is done, when output_directory cannot be written to; more as in `train`.
+    Raises, before anything else is done, ConfigError for a phase that could not run (`check_phases`) and TrainingError
+    when output_directory cannot be written to; more as in `train`.
     """
     mesh = mesh or Mesh.over_all()
-    _make_writable(output_directory)
+    check_phases(recipe, mesh)
+    make_writable(output_directory)
     if "kind" in recipe.data:
         job = _own_job(recipe, output_directory, device, mesh)
+        recipe = with_contents(recipe)
     else:
         job = _named_job(recipe, output_directory, device, tokenizer_directory, mesh)
     result = train(
         recipe,
         output_directory,
         model=job.model,
+        weights=job.weights,
         batches=job.batches,
         step_loss=job.step_loss,
         resume=resume,
@@ -315,7 +329,7 @@ def run(
         mesh=mesh,
     )
     without_critic(job.model)
-    model = whole_model(job.model)
+    model = whole_model(job.model, mesh)
     if is_main():
         export_model(model, job.tokenizer_directory, output_directory / "model")
     return model, result
@@ -323,9 +337,11 @@ def run(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What the loop is given: the model on its device, batches and loss; and whose tokenizer is exported."""
+    """What the loop is given: the model, batches and loss; and whose tokenizer is exported. weights: as `train` has
+    them."""
 
     model: GlmForCausalLM
+    weights: Weights | None = None
     batches: Callable[[int], Any]
     step_loss: StepLoss
     tokenizer_directory: Path
@@ -349,7 +365,7 @@ def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directo
     return _Job(
         model=model.to(device),
         batches=_share_of(phase_batches(recipe, directory), mesh),
-        step_loss=phase_loss(context_share(mesh, torch.device(device).type)),
+        step_loss=shared_loss(mesh, device),
         tokenizer_directory=directory,
     )
 
@@ -362,23 +378,15 @@ def _share_of(batches: Callable[[int], Batch], mesh: Mesh) -> Callable[[int], Ba
 def _own_job(recipe: TrainRecipe, output: Path, device: str, mesh: Mesh) -> _Job:
     """A recipe from a file."""
     texts = read_texts(recipe)
-    model = first_model(recipe).to(device)
+    model, weights = first_model(recipe)
+    model = model if weights else model.to(device)
     if recipe.data["kind"] == "rl":
         rollouts, loss = rollout_batches(recipe, texts, model, output)
         return _Job(model=model, batches=rollouts, step_loss=loss, tokenizer_directory=texts.directory)
     return _Job(
         model=model,
-        batches=_share_of(row_batches(recipe, texts), mesh),
-        step_loss=phase_loss(context_share(mesh, torch.device(device).type)),
+        weights=weights,
+        batches=_share_of(row_batches(recipe, texts, cp=mesh.cp), mesh),
+        step_loss=shared_loss(mesh, device),
         tokenizer_directory=texts.directory,
     )
-
-
-def _make_writable(directory: Path) -> None:
-    """Create a directory and try to write there. Raises TrainingError."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise TrainingError(f"cannot write to {directory}: {error.strerror}. Name another output directory.") from error

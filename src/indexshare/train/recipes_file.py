@@ -58,7 +58,7 @@ def read_recipe(path: Path) -> TrainRecipe:
     kind = content.get("kind")
     if kind not in KINDS:
         raise ConfigError(f'{path}: kind must be one of {", ".join(KINDS)}, not {kind!r}: write kind = "sft"')
-    hints = get_type_hints(TrainRecipe)
+    hints = get_type_hints(TrainRecipe, include_extras=True)
     known = {name: hints[name] for name in hints if name not in ("name", "model", "phases", "data")}
     tables = {"data": dict[str, Any], "phases": list[dict[str, Any]]}
     values = _convert(content, _OWN_KEYS | known | tables, str(path))
@@ -134,7 +134,7 @@ def _place(name: str, path: Path) -> str:
 
 def _phase(table: Mapping[str, Any], kind: str, path: Path, number: int) -> Phase:
     where = f"{path} [[phases]] {number}"
-    values = _convert(table, get_type_hints(Phase) | {"data": dict[str, Any]}, where)
+    values = _convert(table, get_type_hints(Phase, include_extras=True) | {"data": dict[str, Any]}, where)
     if "data" in values:
         values["data"] = _sources(values["data"], kind, path, f"{where} data")
     if kind == "rl" and values.get("trains", "model") != "model":
@@ -145,7 +145,7 @@ def _phase(table: Mapping[str, Any], kind: str, path: Path, number: int) -> Phas
 
 def _sources(data: Mapping[str, Any], kind: str, path: Path, where: str) -> dict[str, int | float | str]:
     """The table as a recipe holds it: plain values, sources one a line."""
-    hints = get_type_hints(KINDS[kind]) | {"sources": list[str]}
+    hints = get_type_hints(KINDS[kind], include_extras=True) | {"sources": list[str]}
     values = _convert(data, hints, where)
     if "sources" in values:
         missing = [name for name in values["sources"] if not (path.parent / name).exists()]
@@ -156,7 +156,7 @@ def _sources(data: Mapping[str, Any], kind: str, path: Path, where: str) -> dict
 
 
 def _convert(table: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of a table, checked against their types; no key may be unknown."""
+    """The values of a table, checked against their types and ranges; no key may be unknown."""
     values = {}
     for key, value in table.items():
         if key not in hints:

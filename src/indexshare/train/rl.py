@@ -40,7 +40,7 @@ from indexshare.kernels import native
 from indexshare.model.glm import GlmForCausalLM, assign_weights, weights_of
 from indexshare.model.native import pack_model
 from indexshare.train.monitor import keep_log_until
-from indexshare.train.phases import Phase, TrainRecipe
+from indexshare.train.phases import Count, NotNegative, Phase, Share, TrainRecipe
 from indexshare.train.rewards import Reward, reward_named
 from indexshare.train.rl_losses import RlLosses, RolloutBatch, rl_loss
 
@@ -60,13 +60,13 @@ class RlOptions:
     sources: str
     reward: str
     algorithm: Literal["grpo", "ppo"] = "grpo"
-    group_size: int = 8
-    max_new_tokens: int = 256
+    group_size: Count = 8
+    max_new_tokens: Count = 256
     enable_thinking: bool = False
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    gae_lambda: float = 0.95
-    value_weight: float = 0.5
+    clip_low: Share = 0.2
+    clip_high: NotNegative = 0.28
+    gae_lambda: Share = 0.95
+    value_weight: NotNegative = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from indexshare.train.checkpoint import (
     update_state,
 )
 from indexshare.train.distributed import is_main, wait_for_all, write_on_main
-from indexshare.train.health import MAX_ROLLBACKS, Fault, spike_limit
+from indexshare.train.health import MAX_ROLLBACKS, Fault, find_non_finite, spike_limit
 from indexshare.train.monitor import keep_log_until
 from indexshare.train.phases import Phase, TrainRecipe
 
@@ -89,7 +89,7 @@ class State:
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    recent_losses: list[float] = field(default_factory=list)  # total losses of the current phase, newest last
+    recent_losses: list[float] = field(default_factory=list)  # what spikes are looked for in, of the current phase
     skipped: dict[str, str] = field(default_factory=dict)  # steps (from 0, as JSON has keys) without an update, and why
     rollbacks: int = 0  # since a checkpoint with an update after the steps that were left out
     warned: list[str] = field(default_factory=list)  # gauges whose limit was passed, which is said once
@@ -102,6 +102,8 @@ def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State
     if found and not resume:
         raise TrainingError(f"{run.output} holds a run already. Resume it, or name another output directory.")
     if not found:
+        if where := find_non_finite(run.model):
+            raise TrainingError(f"the model has values that are not finite in {where}: start from other weights")
         torch.manual_seed(run.recipe.seed)
         _write(run, keep_log_until, run.log, 0)
         state = State()
@@ -112,7 +114,7 @@ def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State
             changed = _changed_fields(read_state(checkpoint)["recipe"], _recipe_document(run.recipe))
             if changed and not accept_recipe_change:
                 raise ConfigError(
-                    f"{run.output} was started with another recipe; changed: {', '.join(changed)}."
+                    f"{run.output} was started with another recipe or other data; changed: {', '.join(changed)}."
                     " Name another output directory, or accept the change with --accept-recipe-change"
                     " (the run is then no longer reproducible)."
                 )
@@ -132,6 +134,8 @@ def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State
 
 def _restore(run: Run, checkpoint: Path) -> State:
     document = load_checkpoint(checkpoint, run.model, run.optimizers)
+    if where := find_non_finite(run.model):
+        raise DamagedCheckpointError(f"{checkpoint} has values that are not finite in {where}.")
     return State(**{entry.name: document[entry.name] for entry in dataclasses.fields(State)})
 
 
@@ -182,9 +186,19 @@ def last_skipped(state: State) -> int:
 
 
 def save(run: Run, state: State) -> Path:
-    """Write the checkpoint of this moment, if there is none of it; returns where it is. Raises TrainingError."""
+    """Write the checkpoint of this moment; returns where it is. Raises TrainingError.
+
+    When no update was taken since the newest one, that stays the newest: good ones are not driven out by copies.
+    """
+    found = list_checkpoints(run.checkpoints)
+    if found and all(str(step) in state.skipped for step in range(_step_of(found[-1]), state.step)):
+        return found[-1]
     document = {**dataclasses.asdict(state), "recipe": _recipe_document(run.recipe)}
     return save_checkpoint(run.checkpoints, state.step, run.model, run.optimizers, document)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _recipe_document(recipe: TrainRecipe) -> dict[str, Any]:
@@ -193,9 +207,17 @@ def _recipe_document(recipe: TrainRecipe) -> dict[str, Any]:
 
 
 def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Fields that differ, without those that do not touch the result."""
+    """Fields that differ, as "seed" or "data.sources", without those that do not touch the result."""
     harmless = {"checkpoint_every", "log_every"}
+    old, new = _flattened(old), _flattened(new)
     return sorted(key for key in (old.keys() | new.keys()) - harmless if old.get(key) != new.get(key))
+
+
+def _flattened(document: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _failure(what: str, run: Run, state: State) -> TrainingError:

@@ -96,10 +96,13 @@ def learned_tokens(token_ids: Sequence[int], tokenizer: Tokenizer) -> list[bool]
 class ChatRows:
     """Conversations packed into rows of at most `length` tokens, whole ones only; batches as `data.rows.TokenRows`.
 
+    divisor: of the width of every batch, and of `length`: as many processes share the tokens of a row.
     num_left_out: conversations that are longer than a row. Everything is a pure function of the seed.
     """
 
-    def __init__(self, examples: Iterable[Example], *, length: int, pad_id: int, seed: int = 0) -> None:
+    def __init__(
+        self, examples: Iterable[Example], *, length: int, pad_id: int, seed: int = 0, divisor: int = 1
+    ) -> None:
         every = list(examples)
         self._examples = [example for example in every if len(example.token_ids) <= length + 1]
         self.num_left_out = len(every) - len(self._examples)
@@ -107,7 +110,7 @@ class ChatRows:
             raise TrainingError(
                 f"none of {len(every):,} conversations fits a row of {length:,} tokens: raise sequence_length"
             )
-        self.length, self.seed, self._pad_id = length, seed, pad_id
+        self.length, self.seed, self._pad_id, self._divisor = length, seed, pad_id, divisor
         # the last token of a conversation is a target only
         self._rows = pack([len(example.token_ids) - 1 for example in self._examples], length)
         self.num_rows = len(self._rows)
@@ -115,22 +118,32 @@ class ChatRows:
 
     @classmethod
     def from_files(
-        cls, options: SftOptions, tokenizer: Tokenizer, template: ChatTemplate, *, length: int, seed: int = 0
+        cls,
+        options: SftOptions,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        length: int,
+        seed: int = 0,
+        divisor: int = 1,
     ) -> "ChatRows":
         """Rows of the conversations of `options.sources`, rendered here and held in memory. Raises TrainingError."""
         examples = (
             encode_example(conversation, tokenizer, template, options)
             for conversation in read_chats(options.sources.split("\n"))
         )
-        return cls(examples, length=length, pad_id=tokenizer.control_id("<|endoftext|>"), seed=seed)
+        pad_id = tokenizer.control_id("<|endoftext|>")
+        return cls(examples, length=length, pad_id=pad_id, seed=seed, divisor=divisor)
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The batch of step `step` (0, 1, ...), each row once an epoch.
 
-        Rows are as long as the fullest of them; what is left of the others is padding, a segment of its own.
+        Rows are as long as the fullest of them, rounded up to a multiple of the divisor; what is left of each is
+        padding, a segment of its own.
         """
         rows = [self._rows[self._row(step * batch_size + index)] for index in range(batch_size)]
-        width = max(sum(len(self._examples[index].token_ids) - 1 for index in row) for row in rows)
+        fullest = max(sum(len(self._examples[index].token_ids) - 1 for index in row) for row in rows)
+        width = -(-fullest // self._divisor) * self._divisor
         token_ids = np.full((batch_size, width), self._pad_id, dtype=np.int64)
         targets = np.full((batch_size, width), IGNORED, dtype=np.int64)
         positions = np.zeros((batch_size, width), dtype=np.int64)
