@@ -156,13 +156,13 @@ def test_with_tools_and_a_schema_the_reply_is_json_or_calls(nano: LLM, parallel:
             output_format=OutputFormat(kind="json_schema", definition=SCHEMA),
             enable_thinking=False,
             # cool, the model calls the tool; hot, some replies are JSON
-            sampling={"max_new_tokens": 300, "temperature": 8.0 if seed % 2 else 1.4, "top_k": 40, "seed": seed},
+            sampling={"max_new_tokens": 300, "temperature": 8.0 if seed < 24 else 1.4, "top_k": 40, "seed": seed},
         )
-        for seed in range(24)
+        for seed in range(36)
     ]
     results = ask(nano, *requests)
     ended = [result for result in results if result["reason"] != "length"]
-    assert len(ended) > 8  # hot ones seldom end
+    assert len(ended) > 12  # hot ones seldom end
     assert 0 < sum(bool(result["calls"]) for result in ended) < len(ended)
     for result in ended:
         if result["calls"]:
