@@ -159,7 +159,7 @@ def use(operation_name: str, twin_name: str) -> Generator[None]:
 
 @contextmanager
 def specifications() -> Generator[None]:
-    """Runs a block without twins: training, whose runs repeat bit for bit on machines with other kernels."""
+    """Runs a block without twins: to compare with them, or for what must not depend on a machine's kernels."""
     global _without_twins
     _without_twins += 1
     try:

@@ -102,15 +102,11 @@ class TrainPlan:
         return sum(self.memory.values())
 
 
-def count_units(config: GlmConfig) -> Counter[tuple[str, int]]:
-    """Parameters by what `parallelize` gathers at once: ("experts", layer), ("layer", layer) and ("root", -1)."""
-    return _Stage.all_of(config, 1)[0].units
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stage:
-    """What the ranks of one stage hold. layers: without the MTP layer; units: as in `count_units`; muon, adamw: numbers
-    that they update, experts among them."""
+    """What the ranks of one stage hold. layers: without the MTP layer; units: parameters by what `parallelize` gathers
+    at once, ("experts", layer), ("layer", layer) and ("root", -1); muon, adamw: numbers that they update, experts among
+    them."""
 
     layers: range
     is_last: bool
