@@ -74,8 +74,8 @@ def step_loss(
     the indexers as they are, "indexer" trains only them against the frozen model, "mtp" only the MTP layer, its indexer
     if index_weight is not zero; "all" everything. mtp_num_steps, mtp_objective: as in `mtp_loss`. The indexers' loss is
     taken over every index_stride-th token and over those that weigh more than one (of long rows over fewer of these);
-    over the keys that sparse attention selected, or over all visible ones. balance_weight: of the loss that balances experts inside each segment.
-    recompute: keep only the inputs of layers for the way back (`Trace.kept_choices`).
+    over the keys that sparse attention selected, or over all visible ones. balance_weight: of the loss that balances
+    experts inside each segment. recompute: keep only the inputs of layers for the way back (`Trace.kept_choices`).
     context: the ranks that divide the tokens of this batch, pipeline: the ranks that divide its layers; all of them
     give it whole. part_starts: offsets of segments at which the parts begin that stages work on at the same time.
     On several ranks the losses are this rank's part of the means over all ranks: they add up.
