@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from indexshare.data.rows import IGNORED, Batch
 from indexshare.errors import TrainingError
@@ -26,7 +27,7 @@ from indexshare.model.glm import GlmForCausalLM
 from indexshare.model.recipes import tiny
 from indexshare.train import checkpoint, parallel
 from indexshare.train import run as loop_state
-from indexshare.train.distributed import Mesh, process_group, rank
+from indexshare.train.distributed import Mesh, local, process_group, rank
 from indexshare.train.loop import train
 from indexshare.train.losses import Losses
 from indexshare.train.parallel import whole_model
@@ -147,10 +148,30 @@ def full_disk(refused: str) -> Generator[None]:
         yield
 
 
+@contextmanager
+def broken_update(number: int) -> Generator[None]:
+    """AdamW leaves a NaN in the last rank's part of a weight, at its update of that number, from 1."""
+    num_updates = 0
+
+    def plant(optimizer: torch.optim.Optimizer, arguments: object, options: object) -> None:
+        nonlocal num_updates
+        if isinstance(optimizer, torch.optim.AdamW):
+            num_updates += 1
+            if num_updates == number and rank() == distributed.get_world_size() - 1:
+                shards = [local(weight.detach()) for weight in optimizer.param_groups[0]["params"]]
+                next(shard for shard in shards if shard.numel()).view(-1)[-1] = torch.nan
+
+    hook = register_optimizer_step_post_hook(plant)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def run(job: dict[str, Any]) -> None:
     """Train as the job says: output, num_steps, and optionally pp, cp, ep, meta (start without weights in memory),
-    recompute, max_steps, signal (step, on the last rank), nan (step, on the first rank), count, refused (what a full
-    disk does not take, see `full_disk`)."""
+    recompute, max_steps, signal (step, on the last rank), nan (step, on the first rank), count, update (which one
+    breaks, on the last rank), refused (what a full disk does not take, see `full_disk`)."""
     mesh = Mesh.over_all(pp=job.get("pp", 1), cp=job.get("cp", 1), ep=job.get("ep", 1))
     loss = shared_loss(mesh, "cpu")
     is_meta = bool(job.get("meta"))
@@ -178,6 +199,7 @@ def run(job: dict[str, Any]) -> None:
         with (
             counted_bytes() if job.get("count") else nullcontext({}) as payloads,
             full_disk(job["refused"]) if "refused" in job else nullcontext(),
+            broken_update(job["update"]) if "update" in job else nullcontext(),
         ):
             result = train(
                 recipe(job["num_steps"], recompute=bool(job.get("recompute"))),

@@ -87,6 +87,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"output": directory / "signal", "signal": 2},
         {"output": directory / "nan", "ep": 2, "nan": 3},
         {"output": directory / "nan-pp", "pp": 2, "nan": 3},
+        {"output": directory / "update", "update": 4},
         {"output": directory / "half", "ep": 2, "max_steps": NUM_STEPS // 2},
         {"output": directory / "half-pp", "pp": 2, "max_steps": NUM_STEPS // 2},
         *({"output": directory / f"refused-{what}", "nan": 0, "refused": what} for what in ("state", "mark", "shards")),
@@ -140,6 +141,14 @@ def test_a_fault_on_one_rank_rolls_all_back(two: Path, tmp_path: Path, name: str
     ]
     for record, wanted in zip(read_log(two / name), read_log(tmp_path), strict=True):
         assert record.get("loss", 0.0) == pytest.approx(wanted.get("loss", 0.0), abs=TOLERANCE)
+
+
+def test_an_update_that_breaks_the_weights_of_one_rank_rolls_all_back(two: Path) -> None:
+    records = read_log(two / "update")
+    reasons = {record["step"]: record["skipped"] for record in records if "skipped" in record}
+    assert reasons == {4: "the update made values that are not finite in the part of another process"}
+    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+    assert all(torch.isfinite(weight).all() for weight in load_file(two / "update" / "whole").values())
 
 
 @pytest.mark.parametrize("what", ["state", "mark", "shards"])
