@@ -141,7 +141,7 @@ def nano_long() -> TrainRecipe:
     longest = replace(
         long,
         name="128K",
-        num_steps=36,
+        num_steps=100,
         sequence_length=131_072,
         index_stride=512,
         learning_rate_scale=3.0,
@@ -164,7 +164,7 @@ def nano_long() -> TrainRecipe:
             replace(
                 short,
                 name="end",
-                num_steps=107,
+                num_steps=43,
                 trains="model",
                 index_loss_weight=0.0,
                 learning_rate_scale=0.5,
