@@ -74,7 +74,8 @@ nano paper: export MALLOC_TOP_PAD_ = 67108864
 nano: $(RUNTIME)
 	@$(BIN)/indexshare train nano
 	@$(BIN)/indexshare train nano-long
-	@$(BIN)/indexshare eval runs/nano-long/model --dense-up-to 131072
+	@$(BIN)/indexshare train nano-longest
+	@$(BIN)/indexshare eval runs/nano-longest/model --dense-up-to 131072
 
 paper: $(RUNTIME)
 	@$(BIN)/python benchmarks/paper_table.py --output runs/paper --write docs/indexshare.md

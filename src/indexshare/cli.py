@@ -226,7 +226,7 @@ def train(
     recipe: Annotated[
         str,
         Parameter(
-            help="A recipe file in TOML, or tiny (a minute), nano (two hours), nano-long (from runs/nano/model on)."
+            help="A recipe file in TOML, or tiny (a minute), nano (two hours), nano-long and nano-longest (after it)."
         ),
     ],
     /,

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from indexshare import runtime
-from indexshare.kernels import registry
+from indexshare.kernels import index_loss, registry
 from indexshare.kernels.layout import KeyLayout
 from indexshare.model import glm, recipes
 from indexshare.model.batch import ForwardBatch, Trace
@@ -168,10 +168,21 @@ def test_an_indexer_learns_from_the_mean_over_the_layers_it_serves() -> None:
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 @pytest.mark.parametrize("balance_weight", [0.0, 0.1])
 def test_layers_that_run_again_give_the_same_gradients_and_choose_once(
-    attention: Literal["sparse", "dense"], balance_weight: float
+    attention: Literal["sparse", "dense"], balance_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(recompute: bool) -> tuple[dict[str, Tensor], Losses, int]:
-        built, before = model(), registry.num_calls("index_select")
+    num_losses = 0
+    computed = index_loss._loss_and_gradients
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_losses
+        num_losses += 1
+        return computed(*arguments, **options)
+
+    monkeypatch.setattr(index_loss, "_loss_and_gradients", counted)
+
+    def step(recompute: bool) -> tuple[dict[str, Tensor], Losses, tuple[int, int]]:
+        nonlocal num_losses
+        built, before, num_losses = model(), registry.num_calls("index_select"), 0
         losses = step_loss(
             built,
             *inputs(),
@@ -184,13 +195,14 @@ def test_layers_that_run_again_give_the_same_gradients_and_choose_once(
         )
         losses.total.backward()
         found = {name: weight.grad for name, weight in built.named_parameters() if weight.grad is not None}
-        return found, losses, registry.num_calls("index_select") - before
+        return found, losses, (registry.num_calls("index_select") - before, num_losses)
 
     plain, again = step(recompute=False), step(recompute=True)
     assert plain[0].keys() == again[0].keys()
     assert all(torch.equal(plain[0][name], again[0][name]) for name in plain[0])
     assert torch.equal(plain[1].total, again[1].total)
     assert plain[2] == again[2]
+    assert again[2][1] == model().config.num_layers_with_mtp
 
 
 def test_nothing_in_a_step_is_as_large_as_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:

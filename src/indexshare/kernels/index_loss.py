@@ -23,6 +23,8 @@ from indexshare.kernels.registry import operation
 CPU_TILE_NUMBERS = 2**21
 CPU_TILE_TOKENS = 4
 
+LossAndGradients = tuple[Tensor, tuple[Tensor, ...]]
+
 
 @operation
 def indexer_loss(
@@ -35,6 +37,7 @@ def indexer_loss(
     asked: list[Tensor],
     selection: Tensor | None,
     scale: float,
+    kept: list[LossAndGradients] | None = None,
 ) -> Tensor:
     """Mean over the asked tokens of KL(p || softmax(index scores)), a scalar in nats; p is attention, mean over heads.
 
@@ -42,11 +45,12 @@ def indexer_loss(
     [n, H, W], absorbed, and latents pool [R, W]: as in `mla_sparse`. asked: int64 per sequence, ascending, its new
     tokens over which the loss is taken, n in all. selection: int32 [n, K], the keys that both distributions are over;
     None for all visible ones. In fp32 (fp64 stays); 0 without tokens. Gradients reach query, weights and keys, never
-    the attention.
+    the attention. kept: a list of the caller for a layer that runs twice on the same inputs: empty, it takes what was
+    found, and gives it back the second time.
     """
     inputs = (query, weights, keys, attention_query.detach(), latents.detach(), layout, asked, selection, scale)
     if torch.is_grad_enabled() and (query.requires_grad or weights.requires_grad or keys.requires_grad):
-        loss: Tensor = _IndexerLoss.apply(*inputs)
+        loss: Tensor = _IndexerLoss.apply(*inputs, kept)
         return loss
     return _loss_and_gradients(*inputs, with_gradients=False)[0]
 
@@ -83,16 +87,22 @@ class _IndexerLoss(torch.autograd.Function):
     """The loss, with gradients made on the way: three small tensors are kept instead of scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, weights: Tensor, keys: Tensor, *rest: Any) -> Tensor:
-        loss, gradients = _loss_and_gradients(query, weights, keys, *rest, with_gradients=True)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        kept: list[LossAndGradients] | None = inputs[-1]
+        if kept:
+            loss, gradients = kept.pop()
+        else:
+            loss, gradients = _loss_and_gradients(*inputs[:-1], with_gradients=True)
+            if kept is not None:
+                kept.append((loss, gradients))
         ctx.save_for_backward(*gradients)
-        return loss
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  # the decorator hides names
         scaled = (grad_outputs[0].to(kept.dtype) * kept for kept in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None, None
+        return *scaled, *[None] * 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +221,7 @@ def _loss_and_gradients(
     scale: float,
     *,
     with_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> LossAndGradients:
     """The loss, and its gradients for query, weights and keys (none without `with_gradients`)."""
     wide = _wide(query)
     num_queries = max(len(query), 1)  # 0 / 1 for none: on several ranks one may have nothing to ask

@@ -1,5 +1,6 @@
 """What one forward pass needs, as plain values: the model keeps no state of its own."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from indexshare.kernels.index_loss import LossAndGradients
 from indexshare.kernels.layout import KeyLayout
 from indexshare.kernels.pool import Pool, QuantizedPool
 
@@ -78,13 +80,14 @@ class Trace:
     (`kernels/index_loss.py`, nats for each query), if the batch trains indexers.
     watch_router: called with each router's module and input [T, D], when the layer runs again as well.
     kept_choices: with `recompute`, layers keep only their inputs and run again on the way back, with the rows that they
-    chose the first time and put here, by layer.
+    chose the first time and put here, by layer. kept_losses: what they found of their index losses then.
     Not a dataclass: FSDP2 looks into those for tensors, and hands layers a copy.
     """
 
     def __init__(self, *, recompute: bool = False, watch_router: Callable[[Any, Tensor], None] | None = None) -> None:
         self.watch_router = watch_router
         self.kept_choices: dict[int, Tensor] | None = {} if recompute else None
+        self.kept_losses: defaultdict[int, list[LossAndGradients]] = defaultdict(list)
         self.selections: dict[int, Tensor | None] = {}
         self.expert_counts: dict[int, Tensor] = {}
         self.index_losses: dict[int, Tensor] = {}

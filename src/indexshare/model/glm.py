@@ -262,6 +262,7 @@ class Attention(nn.Module):
         with torch.no_grad():
             query_nHW = self._absorb(query_THQ[asked])
         rows = selected.rows if batch.index_target == "selected" else None
+        runs_again = batch.trace.kept_choices is not None
         batch.trace.index_losses[self.layer] = index_loss.indexer_loss(
             *selected.indexer,
             query_nHW,
@@ -270,6 +271,7 @@ class Attention(nn.Module):
             batch.index_queries,
             None if rows is None else rows[asked],
             self.scale,
+            batch.trace.kept_losses[self.layer] if runs_again else None,
         )
 
 
