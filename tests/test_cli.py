@@ -14,7 +14,7 @@ from torch import Tensor
 import indexshare
 from indexshare import __version__, cli, runtime
 from indexshare.engine.resolve import storage_of
-from indexshare.errors import CheckpointError, RequestError
+from indexshare.errors import CheckpointError, RecipeChangedError, RequestError
 from indexshare.kernels import ops, registry
 from indexshare.model.recipes import tiny
 
@@ -330,6 +330,13 @@ def test_train_and_demo_hand_on_their_options(
     assert given["accept_recipe_change"] is False
     assert run(capsys, "train", "tiny", "--output", str(tmp_path), "--accept-recipe-change")[0] == 2
     assert given["accept_recipe_change"] is True
+
+    def changed(*_: object, **__: object) -> None:
+        raise RecipeChangedError("another recipe. Name another output")
+
+    monkeypatch.setattr("indexshare.train.recipes.run", changed)
+    code, _, err = run(capsys, "train", "tiny", "--output", str(tmp_path))
+    assert code == 2 and "Name another output, or accept the change with --accept-recipe-change" in err
     monkeypatch.setattr("indexshare.eval.demo.run_demo", stop)
     assert run(capsys, "demo", str(written_model), "--pictures", str(tmp_path), *EXACT)[0] == 2
     assert given["pictures"] == tmp_path

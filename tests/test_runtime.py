@@ -70,6 +70,18 @@ def test_threads_are_set() -> None:
         torch.set_num_threads(before)
 
 
+def test_processes_of_torchrun_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "num_usable_cpus", lambda: 9)
+    try:
+        for processes, threads in (("1", 9), ("4", 2), ("16", 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+            assert runtime.set_threads() == torch.get_num_threads() == threads
+        assert runtime.set_threads(3) == 3, "what is asked for is taken"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_number_of_threads_is_checked(number: int) -> None:
     before = torch.get_num_threads()

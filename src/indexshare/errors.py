@@ -2,6 +2,7 @@
 
 IndexShareError
 ├── ConfigError         a config.json, recipe or option that cannot describe a model
+│   └── RecipeChangedError   a directory with a run of another recipe
 ├── CheckpointError     weights that are missing, malformed or unsafe
 ├── RequestError        an argument of one request that cannot be served
 ├── MemoryLimitError    a request that does not fit; the message carries the number of bytes
@@ -18,6 +19,10 @@ class IndexShareError(Exception):
 
 class ConfigError(IndexShareError):
     """A model configuration or recipe is wrong."""
+
+
+class RecipeChangedError(ConfigError):
+    """A directory holds a training run of another recipe or other data."""
 
 
 class CheckpointError(IndexShareError):

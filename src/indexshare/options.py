@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from indexshare.errors import ConfigError, IndexShareError
+from indexshare.errors import ConfigError, IndexShareError, RecipeChangedError
 from indexshare.kernels.cache_formats import CacheFormats
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class TrainOptions:
     max_minutes: float | None = None
     """Stop after this many minutes of this call."""
     threads: int | None = None
-    """CPU threads; by default all that this process may use."""
+    """CPU threads; by default all that this process may use, under torchrun an equal share."""
     pp: int = 1
     """Of the processes that torchrun started, as many divide the layers (pipeline parallelism)."""
     cp: int = 1
@@ -206,15 +206,19 @@ class TrainOptions:
             return msgspec.json.format(msgspec.json.encode(recipe)).decode()
         directory = self.output or Path("runs") / recipe.name
         with process_group(runtime.resolve_device(self.device)) as device:
-            _, result = run(
-                recipe,
-                directory,
-                device=str(device),
-                resume=self.resume,
-                accept_recipe_change=self.accept_recipe_change,
-                max_minutes=self.max_minutes,
-                mesh=Mesh.over_all(pp=self.pp, cp=self.cp, ep=self.ep),
-            )
+            try:
+                _, result = run(
+                    recipe,
+                    directory,
+                    device=str(device),
+                    resume=self.resume,
+                    accept_recipe_change=self.accept_recipe_change,
+                    max_minutes=self.max_minutes,
+                    mesh=Mesh.over_all(pp=self.pp, cp=self.cp, ep=self.ep),
+                )
+            except RecipeChangedError as error:
+                way = "accept the change with --accept-recipe-change (the run is then no longer reproducible)"
+                raise ConfigError(f"{error}, or {way}") from error
             if not is_main():
                 return ""
         how = "finished" if result.stopped == "finished" else f"stopped ({result.stopped})"

@@ -2,7 +2,7 @@
 
 | variable | meaning | default |
 |---|---|---|
-| `INDEXSHARE_THREADS` | CPU threads for tensor work | the CPUs this process may use |
+| `INDEXSHARE_THREADS` | CPU threads for tensor work | the CPUs this process may use; under torchrun an equal share |
 | `INDEXSHARE_WORKSPACE_MIB` | budget for temporary buffers of one operation, in MiB | 256 |
 | `INDEXSHARE_DEVICE` | what `device="auto"` means | cuda when there is one, else cpu |
 | `INDEXSHARE_ISA` | instruction set of the C++ kernels: avx512, avx2, scalar | the best of this processor |
@@ -34,7 +34,7 @@ HUGE_PAGE, ADVISE_HUGE_PAGES = 2 * MIB, 14  # madvise; a kernel that knows no su
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the environment asks for. `threads` None means: as many as this process may use."""
+    """What the environment asks for. `threads` None means: as `set_threads` says."""
 
     threads: int | None = None
     workspace_mib: int = 256
@@ -112,7 +112,7 @@ def num_usable_cpus() -> int:
 def set_threads(num_threads: int | None = None) -> int:
     """Set torch's CPU threads: the argument, else `INDEXSHARE_THREADS`, else the usable CPUs. Returns the number.
 
-    Raises ConfigError for a number below 1.
+    Processes that torchrun started on one machine share its CPUs evenly. Raises ConfigError for a number below 1.
     """
     import torch
 
@@ -120,7 +120,8 @@ def set_threads(num_threads: int | None = None) -> int:
         raise ConfigError(
             f"threads must be at least 1, not {num_threads}; leave it out to use all CPUs of this process"
         )
-    chosen = num_threads or settings().threads or num_usable_cpus()
+    share = max(num_usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    chosen = num_threads or settings().threads or share
     torch.set_num_threads(chosen)
     return chosen
 

@@ -27,6 +27,7 @@ from indexshare.chat.tokenizer import Tokenizer
 from indexshare.data import build as building
 from indexshare.data import plan, stages
 from indexshare.data.build import BuildOptions, build
+from indexshare.data.licenses import PERMISSIVE
 from indexshare.data.report import BuildReport, render, to_html
 from indexshare.data.rows import open_rows
 from indexshare.data.shards import TokenFile, verify
@@ -309,6 +310,33 @@ def test_licences_and_sizes(corpus: Path, tmp_path: Path) -> None:
     kept = sources(tmp_path / "gpl", "train")
     assert not any("alpha" in name for name in kept) and "too-large" in reasons(report)
     assert all(len(text_of(name).encode()) <= 700 for name in kept)
+    filters = options(corpus, tmp_path / "out", licenses="permissive,unknown").filters()
+    assert filters.licenses == (*sorted(PERMISSIVE), "unknown")
+
+
+def test_a_misspelt_licence_is_not_silent(corpus: Path, tmp_path: Path) -> None:
+    wrong = options(corpus, tmp_path / "out", licenses="permisive")
+    for _ in range(2):  # a build that is finished says the same
+        with (
+            pytest.warns(UserWarning, match=r"--licenses permisive: no text is recognised as that.*permissive,"),
+            pytest.raises(TrainingError, match=r"nothing is left to train on.* dropped \(license: .*another --output"),
+        ):
+            build(wrong)
+    with pytest.warns(UserWarning, match="--licenses EPL-2.0: "):
+        build(options(corpus, tmp_path / "list", licenses="MIT,EPL-2.0", held_out=0))
+
+
+def test_nothing_to_train_on_is_an_error_that_says_why(tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": prose(1)}]}) + "\n")
+    (tmp_path / "one.txt").write_text(prose(1))
+    for name, given, why in (
+        ("blank.jsonl", {}, "documents: none"),
+        ("chats.jsonl", {}, r"1 dropped \(unreadable: .*conversations go to recipes as they are"),
+        ("one.txt", {"held_out": 1 - 1e-9}, "1 held out"),
+    ):
+        with pytest.raises(TrainingError, match=rf"nothing is left to train on; .*{why}.*report.html"):
+            build(options(tmp_path / name, tmp_path / f"out-{name}", **given))
 
 
 def test_a_finished_build_is_only_reported_and_another_one_refused(corpus: Path, tmp_path: Path) -> None:
@@ -505,10 +533,6 @@ def test_sources_and_outputs_that_cannot_be(corpus: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(TrainingError, match=message):
             build(options(tmp_path / source, tmp_path / output))
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    report = build(options(tmp_path / "blank.jsonl", tmp_path / "out"))
-    assert report.train.documents == 0 and report.funnel[0][1].documents == 0
-    assert "nothing is left to train on" in str(render(report).renderables[-1])
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "build.json").write_text("not ours")
     with pytest.raises(TrainingError, match="delete it first"):

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from data.corpus import GPL, MIT
 
-from indexshare.data.licenses import LICENSE_FILE, PERMISSIVE, is_allowed, license_of_source, license_of_text
+from indexshare.data.licenses import (
+    LICENSE_FILE,
+    PERMISSIVE,
+    is_allowed,
+    license_of_source,
+    license_of_text,
+    unfamiliar,
+)
 
 BSD = "Redistribution and use in source and binary forms, with or without modification, are permitted."
 
@@ -62,6 +69,11 @@ def test_a_list_may_name_anything() -> None:
     assert is_allowed("GPL-3.0-or-later", ["gpl-3.0"]) and is_allowed("EPL-2.0", ["EPL-2.0"])
     assert is_allowed("", ["unknown"])
     assert not is_allowed("MIT", ["unknown"])
+
+
+def test_names_of_no_licence_that_is_recognised() -> None:
+    assert unfamiliar([*PERMISSIVE, "unknown", "mit", " GPL-2.0+", "gpl-3.0-only", "apache", "MPL-2.0"]) == []
+    assert unfamiliar(["MIT", "permisive", "EPL-2.0", ""]) == ["permisive", "EPL-2.0", ""]
 
 
 @pytest.mark.parametrize(

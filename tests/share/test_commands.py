@@ -94,6 +94,17 @@ def test_what_cannot_be_searched_is_an_error_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["overlap", "search"])
+@pytest.mark.parametrize("option", ["--latent-cache", "--index-cache"])
+def test_options_of_a_cache_are_refused(
+    capsys: pytest.CaptureFixture[str], directory: Path, texts: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    arguments = ("share", command, directory, "--data", texts, *ROWS, *EXACT, "--output", tmp_path / "out")
+    code, _, err = run(capsys, *arguments, option, "int8")
+    assert (code, err.count("\n"), f"leave {option}" in err or f"and {option} out" in err) == (2, 1, True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["overlap", "search", "distill", "convert"])
 def test_an_output_that_cannot_be_written_is_said_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],

@@ -371,7 +371,7 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(
         with pytest.raises(KeyboardInterrupt):
             distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
     (texts / "more.txt").write_text("value " * 500)
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match=r"changed: data\.data\. Name another output, or remove this directory$"):
         distill_model(str(source), [texts], tmp_path / "out", pattern="FSSFSS", schedule=schedule)
     (texts / "more.txt").unlink()
     other = GlmForCausalLM(recipes.tiny(vocab_size=4096))

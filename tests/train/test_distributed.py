@@ -262,5 +262,9 @@ def test_checkpoints_move_between_any_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_a_mesh_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="start a multiple of 6"):
+    with pytest.raises(ConfigError, match="a multiple of 6 of them with torchrun --nproc-per-node 6 -m indexshare"):
         Mesh.over_all(cp=2, ep=3)
+    with pytest.raises(ConfigError, match=r"4 processes do not divide .*: start a multiple of 6"):
+        Mesh.of(4, cp=2, ep=3)
+    with pytest.raises(ConfigError, match="at least 1, not 1, 0 and 1"):
+        Mesh.over_all(cp=0)

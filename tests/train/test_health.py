@@ -175,7 +175,7 @@ def test_when_going_back_does_not_help_the_run_stops(tmp_path: Path) -> None:
     bad = set(range(3, 12))
     with pytest.raises(
         TrainingError,
-        match=r"step 7: the loss is nan: .* 3 times .*step-00000003.*--accept-recipe-change: that resumes",
+        match=r"step 7: the loss is nan: .* 3 times .*step-00000003.*run again: that goes on from the checkpoint$",
     ):
         run(tmp_path, loss=scaled_on(bad, math.nan), model=model)
     assert all(tensor.isfinite().all() for _, tensor in named_tensors(model))

@@ -169,13 +169,21 @@ def test_a_finished_run_has_the_loss_of_its_last_step(tmp_path: Path) -> None:
     assert math.isnan(run(tmp_path / "other", recipe, max_steps=0).lm_loss)
 
 
+def test_a_run_that_ends_with_a_frozen_model_has_the_loss_of_what_it_trained(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, phases=(DENSE, INDEXER))
+    first = run(tmp_path, recipe)
+    last = read_log(tmp_path)[-1]
+    assert last["lm"] == 0.0 and first.lm_loss == last["loss"] > 0.0
+    assert run(tmp_path, recipe).lm_loss == first.lm_loss, "a finished run reads it from the log"
+
+
 def test_other_recipe_is_refused_unless_accepted(tmp_path: Path) -> None:
     run(tmp_path, max_steps=2)
     other = dataclasses.replace(RECIPE, learning_rate_muon=0.001, log_every=5)
-    with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\..*--accept-recipe-change"):
+    with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\. Name another output"):
         run(tmp_path, other)
     elsewhere = dataclasses.replace(RECIPE, data={"sources": "texts"})
-    with pytest.raises(ConfigError, match=r"another recipe or other data; changed: data\.sources\..*--accept"):
+    with pytest.raises(ConfigError, match=r"another recipe or other data; changed: data\.sources\. Name another output"):
         run(tmp_path, elsewhere)
     assert run(tmp_path, other, accept_recipe_change=True).stopped == "finished"
     with pytest.raises(TrainingError, match="holds a run already"):

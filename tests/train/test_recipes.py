@@ -46,7 +46,7 @@ def test_a_changed_recipe_goes_on_only_when_accepted(output: Path) -> None:
     assert GlmConfig.from_json(output / "model").eos_token_id == stops
     phase = dataclasses.replace(short().phases[0], num_steps=3)
     longer = dataclasses.replace(short(), phases=(phase,))
-    with pytest.raises(ConfigError, match="--accept-recipe-change"):
+    with pytest.raises(ConfigError, match="changed: phases"):
         run(output, longer)
     assert run(output, longer, accept_recipe_change=True).step == 3
 
@@ -60,6 +60,16 @@ def test_a_directory_that_cannot_be_written_to_is_refused_before_any_work(
     for place in (file, file / "below", Path("/proc/nope")):
         with pytest.raises(TrainingError, match=rf"cannot write to {place}: \w+"):
             recipes.run(short(), place)
+
+
+@pytest.mark.parametrize(("name", "before"), [("nano-long", "nano"), ("nano-longest", "nano-long")])
+def test_a_stage_names_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: str
+) -> None:
+    monkeypatch.setattr(recipes, "prepare", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"from runs/{before}/model, .* first run `indexshare train {before}`, from"):
+        recipes.run(recipes.recipe_named(name), tmp_path / "run")
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_one_clear_error(tmp_path: Path) -> None:

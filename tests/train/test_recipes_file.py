@@ -1,6 +1,7 @@
 """Recipes as TOML files: what they become, what is refused, and runs from them."""
 
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def test_a_file_becomes_a_recipe(recipe_file: Path) -> None:
         ('sources = ["texts"]', 'sources = ["texts"]\ngroup_size = 3', "unknown key 'group_size'"),
         ('[data]\nsources = ["texts"]', "", "data is missing"),
         ('tokenizer = "nano"', "", 'a model from scratch needs tokenizer = "nano"'),
-        ("vocab_size = 4096", "vocab = 4096", "vocab"),
+        ("vocab_size = 4096", "vocab = 4096", r"own\.toml config: unknown key 'vocab'; did you mean 'vocab_size'"),
+        ("vocab_size = 4096", "index_topk = -1", r"own\.toml config: index_topk must be greater than 0, not -1"),
+        ("learning_rate_adamw = 1e-3", "", "missing learning_rate_adamw"),
         ('model = "tiny"\ntokenizer', 'model = "nano"\ntokenizer', "config changes a model that starts from scratch"),
         ("kind =", "kind ==", "cannot read the recipe"),
     ],
@@ -125,12 +128,22 @@ def test_numbers_out_of_range(recipe_file: Path, line: str, name: str, value: ob
         read_recipe(recipe_file)
 
 
+def rl_example(file: Path, *changes: tuple[str, str]) -> Path:
+    """The example with other lines, in a directory of its own."""
+    text = (EXAMPLES / "rl.toml").read_text().replace("tasks.jsonl", str(EXAMPLES / "tasks.jsonl"))
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+    return file
+
+
 @pytest.mark.parametrize(
     ("line", "allowed"),
     [("group_size = 0", ">= 1"), ("max_new_tokens = 0", ">= 1"), ("clip_low = 2", "<= 1"), ("gae_lambda = -1", ">= 0")],
 )
 def test_numbers_out_of_range_for_reinforcement_learning(recipe_file: Path, line: str, allowed: str) -> None:
-    text = (EXAMPLES / "rl.toml").read_text().replace("tasks.jsonl", str(EXAMPLES / "tasks.jsonl"))
+    text = rl_example(recipe_file).read_text()
     kept = [old for old in text.splitlines() if not old.startswith(line.split()[0])]
     recipe_file.write_text("\n".join(kept).replace("[data]", f"[data]\n{line}"))
     with pytest.raises(ConfigError, match=rf"\[data\]: {line.split()[0]}: Expected `(int|float)` {allowed}"):
@@ -177,7 +190,7 @@ def test_data_that_changed_are_refused_unless_accepted(recipe_file: Path) -> Non
     text = recipe_file.parent / "texts" / "one.txt"
     same, other = text.read_text(), text.read_text().replace("fox", "cat")
     text.write_text(other)
-    with pytest.raises(ConfigError, match=r"changed: data\.contents\..*--accept-recipe-change"):
+    with pytest.raises(ConfigError, match=r"changed: data\.contents\. Name another output"):
         run(recipe, output, progress=False)
     text.write_text(same)
     run(recipe, output, progress=False, max_minutes=0.0)
@@ -218,10 +231,35 @@ def test_a_tokenizer_with_more_ids_than_the_model(recipe_file: Path) -> None:
 
 def test_reinforcement_learning_does_not_train_indexers(recipe_file: Path) -> None:
     assert read_recipe(EXAMPLES / "rl.toml").phases[0].trains == "model"
-    text = (EXAMPLES / "rl.toml").read_text().replace("tasks.jsonl", str(EXAMPLES / "tasks.jsonl"))
-    recipe_file.write_text(text + 'trains = "all"\n')
     with pytest.raises(ConfigError, match='reinforcement learning trains = "model"'):
-        read_recipe(recipe_file)
+        read_recipe(rl_example(recipe_file, ("num_steps = 25", 'num_steps = 25\ntrains = "all"')))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "recompute = true",
+        "mtp_loss_weight = 0.1",
+        "balance_loss_weight = 1e-4",
+        "index_loss_weight = 1.0",
+        "data = { max_new_tokens = 8 }",
+    ],
+)
+def test_reinforcement_learning_refuses_what_it_does_not_use(recipe_file: Path, line: str) -> None:
+    file = rl_example(recipe_file, ("num_steps = 25", f"num_steps = 25\n{line}"))
+    with pytest.raises(ConfigError, match=rf"\[\[phases\]\] 1: reinforcement learning does not use {line.split()[0]} "):
+        read_recipe(file)
+    unused = rl_example(recipe_file, ("num_steps = 25", "num_steps = 25\nrecompute = false\nmtp_loss_weight = 0"))
+    assert not read_recipe(unused).phases[0].recompute
+
+
+def test_a_group_of_one_is_for_a_critic(recipe_file: Path) -> None:
+    alone = ("group_size = 8", "group_size = 1")
+    with pytest.raises(
+        ConfigError, match=r"\[data\]: group_size is 1, .*: set it to 2 or more, or algorithm = \"ppo\""
+    ):
+        read_recipe(rl_example(recipe_file, alone))
+    assert read_recipe(rl_example(recipe_file, alone, ('"grpo"', '"ppo"'))).data["group_size"] == 1
 
 
 def test_a_run_from_a_file_stops_goes_on_and_exports(recipe_file: Path, tmp_path: Path) -> None:
@@ -264,6 +302,17 @@ def test_show_prints_what_is_left_open(recipe_file: Path) -> None:
     shown: dict[str, Any] = msgspec.json.decode(TrainOptions(show=True).train(str(recipe_file)))
     assert shown["learning_rate_muon"] == 1e-3 and shown["phases"][0]["mtp_num_steps"] == 1
     assert not (recipe_file.parent / "runs").exists()
+    options = msgspec.json.decode(TrainOptions(show=True).train(str(EXAMPLES / "rl.toml")))["data"]
+    assert options["algorithm"] == "grpo" and options["clip_high"] == 0.28 and options["enable_thinking"] is False
+
+
+def test_the_recipe_of_the_document_is_valid(recipe_file: Path) -> None:
+    text = (EXAMPLES.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = text.split("A file says\n\n", 1)[1].split("\n\n", 1)[0]
+    recipe_file.write_text(textwrap.dedent(lines))
+    (recipe_file.parent / "chats.jsonl").write_bytes((EXAMPLES / "chats.jsonl").read_bytes())
+    recipe = read_recipe(recipe_file)
+    assert row_batches(recipe, read_texts(recipe))(0).token_ids.size
 
 
 def test_fine_tuning_without_a_fitting_conversation_says_so(recipe_file: Path) -> None:

@@ -251,6 +251,27 @@ def test_conversations_that_do_not_fit_are_counted() -> None:
         ChatRows(examples[:1], length=40, pad_id=0)
 
 
+def test_thinking_needs_chats_with_reasoning(tmp_path: Path) -> None:
+    """Else a prompt ends in <think>, and </think> was never learned."""
+
+    def read(*conversations: Sequence[dict[str, Any]], **options: bool) -> ChatRows:
+        lines = (json.dumps({"messages": messages}) for messages in conversations)
+        (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+        chosen = SftOptions(sources=str(tmp_path), **options)
+        return ChatRows.from_files(chosen, TOKENIZER, TEMPLATE, length=90)
+
+    user = {"role": "user", "content": "Hi </think>"}
+    plain = [user, {"role": "assistant", "content": "Hello"}]
+    thoughtful = [user, {"role": "assistant", "content": "Hello", "reasoning_content": "Polite."}]
+    long = [user, {"role": "assistant", "content": "Hello", "reasoning_content": "Polite. " * 90}]
+    assert read(plain, enable_thinking=False).num_rows == read(plain, thoughtful).num_rows == 1
+    for refused in ((plain,), (plain, long), ([*thoughtful[:1], *plain[1:], *plain],)):
+        with pytest.raises(TrainingError, match=r"set enable_thinking = false in \[data\]"):
+            read(*refused)
+    with pytest.raises(TrainingError, match="no conversation has reasoning that is learned"):
+        read([*thoughtful, *plain], clear_thinking=True)
+
+
 def test_packed_losses_are_those_of_each_conversation_alone() -> None:
     model = GlmForCausalLM(tiny(vocab_size=4096))
     model.init_weights(0)

@@ -43,7 +43,7 @@ def build(
         sources: Files and folders: text, code, JSON lines (also .gz), Parquet.
         output: Directory to write; --data of other commands takes it. What was dropped and why is in report.html.
         tokenizer: Whose tokenizer: nano, the directory of a model, or a hub id.
-        licenses: any, permissive, or SPDX names with commas between; unknown in the list lets pass what states none.
+        licenses: any, or a list of SPDX names, permissive, and unknown, which lets pass what states none; with commas.
         min_bytes: The smallest document.
         max_bytes: The largest document.
         near_duplicates: Share of common five-word sequences from which the later document goes; 1 keeps them.

@@ -94,6 +94,6 @@ def plan_train(
         length=length,
         rows=rows,
         precision=precision,
-        memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+        memory_bytes=None if memory_gib is None else memory_gib * GIB,
     )
     show(plan, render(plan), as_json)

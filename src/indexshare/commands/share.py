@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from indexshare.errors import ConfigError
 from indexshare.options import DEFAULT_LOAD, AsJson, LoadOptions, Model, requires
 
 if TYPE_CHECKING:
@@ -97,11 +98,17 @@ class IndexerOptions:
     index_head_dim: int | None = None
     """Their head size; by default twice the rotary width."""
     index_topk: int | None = None
-    """Keys that an indexer chooses; by default the model's, and 2,048 for a model without."""
+    """Keys that an indexer chooses; by default the model's, else 2,048, or an eighth of its positions if fewer."""
 
 
 DEFAULT_DISTILL = DistillOptions()
 DEFAULT_INDEXERS = IndexerOptions()
+
+
+def require_no_cache(load: LoadOptions) -> None:
+    """Raises ConfigError for options of a cache: calibration rows are read without one."""
+    if load.latent_cache or load.index_cache:
+        raise ConfigError("this command reads its rows without a cache: leave --latent-cache and --index-cache out")
 
 
 def say_stopped(stop: StoppedError, as_json: bool) -> None:
@@ -136,6 +143,7 @@ def overlap(
     from indexshare.share.state import output_directory, write_json
     from indexshare.terminal import show
 
+    require_no_cache(load)
     with requires("train"):
         from indexshare.share.pictures import draw_overlap
 
@@ -182,6 +190,7 @@ def search(
     from indexshare.share.state import output_directory
     from indexshare.terminal import show
 
+    require_no_cache(load)
     with requires("train"):
         from indexshare.share.pictures import draw_search
 

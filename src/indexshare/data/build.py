@@ -14,6 +14,7 @@ of the sources and options alone, whatever the number of processes and the inter
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -31,10 +32,10 @@ from indexshare.data import stages
 from indexshare.data.documents import read_texts
 from indexshare.data.files import source_files
 from indexshare.data.layout import Survey, survey, write_split
-from indexshare.data.licenses import PERMISSIVE
+from indexshare.data.licenses import COPYLEFT, PERMISSIVE, unfamiliar
 from indexshare.data.plan import Plan, make_plan
 from indexshare.data.quality import REASONS
-from indexshare.data.report import Amount, BuildReport, Reason, Source, Split, to_html
+from indexshare.data.report import Amount, BuildReport, Reason, Source, Split, to_html, why_nothing_is_left
 from indexshare.data.shards import fingerprint, incomplete, remove_directory, verify, write_file
 from indexshare.data.similarity import NearDuplicates, ngrams
 from indexshare.data.stages import CONTAMINATED, EXACT, HELD_OUT, NEAR, TRAIN, Dropped, Filters, Work, save_array
@@ -53,7 +54,7 @@ Progress = Callable[[str, str], AbstractContextManager[stages.Report]]
 class BuildOptions:
     """What to build. tokenizer: the directory of a model.
 
-    licenses: "any", "permissive" or SPDX names with commas between. min_bytes, max_bytes: of a document.
+    licenses: "any", or SPDX names, "unknown" and "permissive" with commas between. min_bytes, max_bytes: of a document.
     near_duplicates: share of common five-word sequences from which the later document goes; 1 keeps them. held_out: the
     share of documents kept for evaluation. against: evaluation sets that no training document may share `ngram` words
     in a row with.
@@ -86,10 +87,10 @@ class BuildOptions:
 
     def filters(self) -> Filters:
         """What `read_stage` needs."""
-        names = None if self.licenses == "any" else tuple(self.licenses.split(","))
-        allowed = tuple(sorted(PERMISSIVE)) if self.licenses == "permissive" else names
+        names = self.licenses.split(",")
+        allowed = (each for name in names for each in (sorted(PERMISSIVE) if name == "permissive" else [name]))
         return Filters(
-            licenses=allowed,
+            licenses=None if "any" in names else tuple(allowed),
             min_bytes=self.min_bytes,
             max_bytes=self.max_bytes,
             has_signatures=self.near_duplicates < 1,
@@ -104,8 +105,15 @@ def _silent(what: str, unit: str) -> Generator[stages.Report]:
 def build(options: BuildOptions, *, progress: Progress = _silent) -> BuildReport:
     """Build, or go on with a build that was stopped; one that is finished is checked and reported.
 
-    Raises TrainingError for sources, for an output of other options or sources, and for shards that are damaged.
+    Warns of licences that no text is recognised as. Raises TrainingError for sources, for an output of other options or
+    sources, for shards that are damaged, and when nothing is left to train on.
     """
+    if names := unfamiliar(options.filters().licenses or ()):
+        warnings.warn(
+            f"--licenses {','.join(names)}: no text is recognised as that, it only lets pass what states it. Names that"
+            f" are: any, permissive, unknown, {', '.join(sorted(PERMISSIVE | COPYLEFT))}",
+            stacklevel=2,
+        )
     try:
         plan = make_plan(options.sources, options.output)
         options.output.mkdir(parents=True, exist_ok=True)
@@ -114,9 +122,11 @@ def build(options: BuildOptions, *, progress: Progress = _silent) -> BuildReport
             _claim(options.output, _identity(options, plan, fingerprint(tokenizer)))
             report = _finished(options.output) or _Build(options, plan, tokenizer, progress).run()
             remove_directory(options.output / "work")
-            return report
     except OSError as error:
         raise TrainingError(f"the build stopped: {error}. Once that is solved the same command goes on") from error
+    if not report.train.documents:
+        raise TrainingError(why_nothing_is_left(report))
+    return report
 
 
 @contextmanager

@@ -67,6 +67,12 @@ def is_allowed(expression: str, allowed: Collection[str]) -> bool:
     )
 
 
+def unfamiliar(allowed: Collection[str]) -> list[str]:
+    """Names of no licence that is recognised here: only what states them itself is under one."""
+    familiar = {UNKNOWN} | PERMISSIVE | COPYLEFT
+    return [name for name in allowed if _canonical(name) not in familiar]
+
+
 def _canonical(name: str) -> str:
     name = re.split(r"\s+WITH\s+", name.strip(), flags=re.IGNORECASE)[0].removesuffix("+")
     name = name.removesuffix("-only").removesuffix("-or-later").lower()

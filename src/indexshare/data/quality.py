@@ -11,7 +11,8 @@ import string
 from indexshare.data.similarity import distinct_share
 
 REASONS = {
-    "unreadable": "the file or one of its lines could not be read as what its name says",
+    "unreadable": "could not be read as what its name says, or is a record without text; conversations go to recipes as"
+    " they are",
     "binary": "holds a zero byte",
     "not-utf-8": "is not UTF-8",
     "too-small": "has fewer bytes than --min-bytes",

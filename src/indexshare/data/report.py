@@ -71,11 +71,20 @@ def render(report: BuildReport) -> RenderableType:
     """The report for a terminal, without what the reasons mean."""
     tables = (_table(*table) for table in _tables(report, explain=False))
     lines = [f"{report.output}/report.html says what the reasons mean"]
-    if not report.train.documents:
-        lines.append("nothing is left to train on: the reasons above say why")
-    elif not report.held_out.documents:
+    if not report.held_out.documents:
         lines.append("nothing is held out, since few documents are left: a larger --held-out takes some")
     return Group(*tables, *lines)
+
+
+def why_nothing_is_left(report: BuildReport) -> str:
+    """In a sentence, for a build without training documents."""
+    gone = [f"{row.documents:,} dropped ({row.reason}: {REASONS[row.reason]})" for row in report.dropped]
+    if report.held_out.documents:
+        gone.append(f"{report.held_out.documents:,} held out (--held-out)")
+    return (
+        f"nothing is left to train on; documents: {'; '.join(gone) or 'none'}. {report.output}/report.html says more."
+        " Give other sources or options, and another --output"
+    )
 
 
 def to_html(report: BuildReport) -> str:

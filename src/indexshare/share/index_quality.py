@@ -74,7 +74,7 @@ class _Watcher:
         result = call.run()
         if call.operation.name == "indexer_loss":
             layer, num_queries = self.num_calls % self.num_layers, len(call.args[0])
-            *inputs, _, scale = call.args  # without the selection: the choice is among all visible keys
+            *inputs, _, scale, _ = call.args  # without the selection: the choice is among all visible keys
             measured: tuple[Any, ...] = (*inputs, scale, self.topk)
             chosen, best = selected_mass(*measured)
             self.mass[layer] = self.mass.get(layer, 0) + torch.stack((chosen.sum(), best.sum())).cpu()

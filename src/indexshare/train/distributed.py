@@ -143,7 +143,9 @@ class Mesh:
     @classmethod
     def of(cls, total: int, *, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
         """The mesh of that many ranks; dp is what remains. Raises ConfigError."""
-        if min(pp, cp, ep) < 1 or total % (pp * cp * ep):
+        if min(pp, cp, ep) < 1:
+            raise ConfigError(f"pp, cp and ep must be at least 1, not {pp}, {cp} and {ep}: leave them out for 1")
+        if total % (pp * cp * ep):
             raise ConfigError(
                 f"{total} processes do not divide into pp {pp} x cp {cp} x ep {ep}:"
                 f" start a multiple of {pp * cp * ep} of them"
@@ -153,6 +155,12 @@ class Mesh:
     @classmethod
     def over_all(cls, *, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
         """The mesh of all ranks of this run. Raises ConfigError."""
+        mesh = cls(pp=pp, cp=cp, ep=ep)
+        if num_ranks() == 1 and mesh.num_ranks > 1:
+            raise ConfigError(
+                f"pp {pp} x cp {cp} x ep {ep} need several processes: start a multiple of {mesh.num_ranks} of them with"
+                f" torchrun --nproc-per-node {mesh.num_ranks} -m indexshare train ..."
+            )
         return cls.of(num_ranks(), pp=pp, cp=cp, ep=ep)
 
     @property

@@ -28,7 +28,7 @@ from indexshare.kernels import native
 from indexshare.train.distributed import Mesh, agree, clip_gradients, is_main, num_ranks, over_all_ranks
 from indexshare.train.gauges import Gauges, beyond_limits
 from indexshare.train.health import SPIKE_WINDOW, Fault, find_non_finite, find_spike
-from indexshare.train.monitor import Monitor, StopSignals, last_logged_loss
+from indexshare.train.monitor import Monitor, StopSignals, last_logged_loss, shown_loss
 from indexshare.train.optim import (
     build_optimizers,
     learning_rate_ratio,
@@ -49,7 +49,8 @@ STOP_REASONS: tuple[StopReason | None, ...] = (None, "max_minutes", "signal", "m
 class TrainResult:
     """How a run ended. `step` counts completed steps.
 
-    `lm_loss` is that of the last step; when this call took none, the last one in the log, or NaN for an empty log.
+    `lm_loss` is that of the last step, its total loss where the model was frozen; when this call took no step, the
+    last one in the log, or NaN for an empty log.
     """
 
     stopped: StopReason
@@ -138,7 +139,7 @@ def train(
                     state = roll_back(run, state, record)
                     monitor.rewind(state.step)
                     continue
-                lm_loss = record.get("lm", lm_loss)
+                lm_loss = lm_loss if "skipped" in record else shown_loss(record)
                 state.seconds = seconds_before + time.monotonic() - started
                 record["seconds"] = round(state.seconds, 3)
                 monitor.report(record, log=is_logged or "skipped" in record)

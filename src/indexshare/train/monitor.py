@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -108,7 +108,7 @@ class Monitor:
         if "skipped" in record:
             return
         step = record["step"]
-        shown = record["lm"] or record["loss"]  # where the model is frozen there is no language-model loss
+        shown = shown_loss(record)
         now = time.monotonic()
         left = timedelta(seconds=round(self._seconds_left(step, now)))
         status = f"loss {shown:.3f}  {record['tokens_per_second']:,.0f} tokens/s  {left} left"
@@ -133,11 +133,16 @@ class Monitor:
         self._bar.update(self._task, completed=step)
 
 
+def shown_loss(record: Mapping[str, Any]) -> float:
+    """The language-model loss of a step's record; where the model is frozen there is none, and it is the total."""
+    return record["lm"] or record["loss"]
+
+
 def last_logged_loss(path: Path) -> float:
-    """The newest language-model loss in a log; NaN when there is none."""
+    """The newest `shown_loss` in a log; NaN when there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = map(json.loads, reversed(lines))
-    return next((record["lm"] for record in records if "lm" in record), math.nan)
+    return next((shown_loss(record) for record in records if "lm" in record), math.nan)
 
 
 def keep_log_until(path: Path, step: int) -> None:

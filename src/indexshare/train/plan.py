@@ -159,14 +159,28 @@ def make_train_plan(
     rows: int = 1,
     precision: Literal["fp32", "bf16"] = "bf16",
     recompute: bool = True,
-    memory_bytes: int | None = None,
+    memory_bytes: float | None = None,
 ) -> TrainPlan:
-    """Of one step with `rows` rows of `length` tokens for each group of cp ranks. Raises ConfigError.
+    """Of one step with `rows` rows of `length` tokens for each group of cp ranks.
 
-    recompute: as in a phase; memory is that with it. memory_bytes: of a device, in place of the cluster's.
+    recompute: as in a phase; memory is that with it. memory_bytes: of a device, in place of the cluster's. Raises
+    ConfigError for numbers that cannot be, and for ep and cp that do not divide experts and tokens.
     """
-    if config.n_routed_experts % mesh.ep or (rows * length) % mesh.cp:
-        raise ConfigError("ep must divide the experts, and cp the tokens of a batch")
+    memory_bytes = cluster.memory_bytes if memory_bytes is None else memory_bytes
+    for what, number in (("devices", mesh.num_ranks), ("rows", rows), ("length", length)):
+        if number < 1:
+            raise ConfigError(f"{what} must be at least 1, not {number:,}")
+    if not memory_bytes > 0:
+        raise ConfigError(f"the memory of a device must be above 0, not {memory_bytes / GIB:g} GiB")
+    if config.n_routed_experts % mesh.ep:
+        raise ConfigError(
+            f"ep {mesh.ep} does not divide the {config.n_routed_experts} experts of a layer: give one of their divisors"
+        )
+    if (rows * length) % mesh.cp:
+        raise ConfigError(
+            f"cp {mesh.cp} does not divide the {rows * length:,} tokens of {rows:,} x {length:,}: give a length that is"
+            f" a multiple of {mesh.cp}, or another cp"
+        )
     tokens = rows * length // mesh.cp  # of one rank
     narrow = 2 if precision == "bf16" else FP32
     stages = _Stage.all_of(config, mesh.pp)
@@ -190,7 +204,7 @@ def make_train_plan(
         volumes=tuple(max(volumes, key=lambda found: sum(volume.seconds for volume in found))),
         # forward, twice as much backward, and the forward pass again
         compute_seconds=4 * work.total * longest * waiting * tokens / (cluster.compute * cluster.utilisation),
-        fits=sum(memory.values()) <= (memory_bytes or cluster.memory_bytes),
+        fits=sum(memory.values()) <= memory_bytes,
     )
 
 

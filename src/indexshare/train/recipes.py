@@ -209,7 +209,7 @@ class _Job:
 def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directory: Path | None, mesh: Mesh) -> _Job:
     """Code and generated episodes, prepared in output/data."""
     directory = output / "data"
-    start = resolve_model(str(recipe.data["start"])) if "start" in recipe.data else None
+    start = _first_weights(recipe)
     tokenizer_directory = tokenizer_directory or start
     if is_main() and not (directory / "held_out.json").is_file():
         prepare(directory, tokenizer_directory=tokenizer_directory)
@@ -227,6 +227,20 @@ def _named_job(recipe: TrainRecipe, output: Path, device: str, tokenizer_directo
         step_loss=shared_loss(mesh, device),
         tokenizer_directory=directory,
     )
+
+
+def _first_weights(recipe: TrainRecipe) -> Path | None:
+    """The model that a recipe goes on from. Raises ConfigError, naming the recipe that makes it when there is one."""
+    if "start" not in recipe.data:
+        return None
+    start = Path(str(recipe.data["start"]))
+    before = start.parent.name
+    if before in RECIPES and not start.is_dir():
+        raise ConfigError(
+            f"{recipe.name} goes on from {start}, which is not there: first run `indexshare train {before}`,"
+            " from this directory and without --output"
+        )
+    return resolve_model(str(start))
 
 
 def _share_of(batches: Callable[[int], Batch], mesh: Mesh) -> Callable[[int], Batch]:

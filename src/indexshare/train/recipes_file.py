@@ -9,13 +9,13 @@
     [[phases]]                     # the fields of Phase
     ...
 
-The file becomes a `TrainRecipe`, whose `data` says what the file said: kind, start, tokenizer and the options.
+The file becomes a `TrainRecipe`, whose `data` holds kind, start, tokenizer and all options of the kind.
 """
 
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,7 @@ from indexshare.chat.tokenizer import Tokenizer
 from indexshare.engine.resolve import PACKAGED, resolve_config, resolve_model, resolve_tokenizer
 from indexshare.errors import ConfigError
 from indexshare.model import recipes as model_recipes
-from indexshare.model.config import GlmConfig
+from indexshare.model.config import DERIVED_KEYS, GlmConfig
 from indexshare.train.phases import Phase, TrainRecipe
 from indexshare.train.rl import RlOptions
 from indexshare.train.sft import SftOptions
@@ -47,6 +47,8 @@ _PHASE_KINDS: dict[str, dict[str, Any]] = {
     "sft": {"index_loss_weight": 1.0},
     "rl": {"trains": "model"},  # the indexer is frozen, so that the choice of keys does not run away from the sampler's
 }
+_NOT_FOR_RL = ("index_loss_weight", "mtp_loss_weight", "balance_loss_weight", "recompute", "data")
+_CONFIG_KEYS = {field.name for field in dataclasses.fields(GlmConfig)} - {"quantization"} | DERIVED_KEYS
 
 
 def read_recipe(path: Path) -> TrainRecipe:
@@ -70,8 +72,13 @@ def read_recipe(path: Path) -> TrainRecipe:
     model = resolve_config(start) if start else _fresh_config(values, tokenizer, path)
     sources = _sources(values["data"], kind, path, f"{path} [data]")
     phases = tuple(_phase(table, kind, path, number) for number, table in enumerate(values["phases"], start=1))
-    data = {"kind": kind, "start": start, "tokenizer": tokenizer, **sources}
-    _options(data, kind, f"{path} [data]")
+    options = _options(sources, kind, f"{path} [data]")
+    if isinstance(options, RlOptions) and options.algorithm == "grpo" and options.group_size == 1:
+        raise ConfigError(
+            f"{path} [data]: group_size is 1, but GRPO compares the completions of a task with each other:"
+            ' set it to 2 or more, or algorithm = "ppo"'
+        )
+    data = {"kind": kind, "start": start, "tokenizer": tokenizer, **dataclasses.asdict(options)}
     return _build(
         TrainRecipe,
         {**_DEFAULTS, **{name: values[name] for name in known if name in values}}
@@ -103,7 +110,12 @@ def _start(values: Mapping[str, Any], path: Path) -> str:
 
 def _fresh_config(values: Mapping[str, Any], tokenizer: str, path: Path) -> GlmConfig:
     """A recipe of `model.recipes` with the file's changes."""
-    config = model_recipes.RECIPES[values["model"]](**values.get("config", {}))
+    changes, where = values.get("config", {}), f"{path} config"
+    _check_keys(changes, _CONFIG_KEYS, where)
+    try:
+        config = model_recipes.RECIPES[values["model"]](**changes)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     texts = Tokenizer.from_directory(resolve_tokenizer(tokenizer))
     if texts.vocab_size > config.vocab_size:
         raise ConfigError(
@@ -139,6 +151,11 @@ def _phase(table: Mapping[str, Any], kind: str, path: Path, number: int) -> Phas
         values["data"] = _sources(values["data"], kind, path, f"{where} data")
     if kind == "rl" and values.get("trains", "model") != "model":
         raise ConfigError(f'{where}: reinforcement learning trains = "model": indexer and MTP layer stay as they are')
+    if kind == "rl" and (unused := [name for name in _NOT_FOR_RL if values.get(name)]):
+        raise ConfigError(
+            f"{where}: reinforcement learning does not use {', '.join(unused)} of a phase: leave it out"
+            " ([data] holds for all phases)"
+        )
     defaults = {"name": f"phase {number}", "attention": "sparse", **_PHASE_KINDS[kind]}
     return _build(Phase, defaults | values, where)
 
@@ -157,18 +174,23 @@ def _sources(data: Mapping[str, Any], kind: str, path: Path, where: str) -> dict
 
 def _convert(table: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of a table, checked against their types and ranges; no key may be unknown."""
+    _check_keys(table, hints, where)
     values = {}
     for key, value in table.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(hints))}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
         try:
             values[key] = msgspec.convert(value, hints[key])
         except msgspec.ValidationError as error:
             choices = f"; there are {', '.join(get_args(hints[key]))}" if get_origin(hints[key]) is Literal else ""
             raise ConfigError(f"{where}: {key}: {error}{choices}") from error
     return values
+
+
+def _check_keys(table: Collection[str], known: Collection[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The three stages of the shipped model (`make nano`). Its card says what was run of them and how."""
+"""The stages of the shipped model (`make nano`). Its card says which of them it has seen, and how they were run."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from indexshare.train.phases import Phase, TrainRecipe
 
 
 def nano() -> TrainRecipe:
-    """The shipped model: 6.4 million supervised tokens, under three hours on two cores.
+    """The first stage: 6.4 million supervised tokens, an hour and a half on two cores.
 
     Dense attention on short rows first, because it is cheapest; then the indexers learn from dense attention while the
     model goes on (the warm-up of DSA); then everything with the keys that the indexers choose, on long documents. There

@@ -208,7 +208,7 @@ def _rows(recipe: TrainRecipe, phase: Phase, index: int, texts: Texts, cp: int) 
 def rollout_batches(
     recipe: TrainRecipe, texts: Texts, model: GlmForCausalLM, directory: Path
 ) -> tuple[Rollouts, StepLoss]:
-    """batches(step) and step_loss of reinforcement learning, with the options of the first phase."""
+    """batches(step) and step_loss of reinforcement learning, whose phases share all options."""
     options = options_of(recipe, recipe.phases[0])
     assert isinstance(options, RlOptions)
     tasks = read_tasks(options, texts.tokenizer, texts.template)

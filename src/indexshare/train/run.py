@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from indexshare.errors import CheckpointError, ConfigError, TrainingError
+from indexshare.errors import CheckpointError, RecipeChangedError, TrainingError
 from indexshare.train.checkpoint import (
     DAMAGED,
     DamagedCheckpointError,
@@ -113,10 +113,9 @@ def resume_or_start(run: Run, resume: bool, accept_recipe_change: bool) -> State
         try:
             changed = _changed_fields(read_state(checkpoint)["recipe"], _recipe_document(run.recipe))
             if changed and not accept_recipe_change:
-                raise ConfigError(
+                raise RecipeChangedError(
                     f"{run.output} was started with another recipe or other data; changed: {', '.join(changed)}."
-                    " Name another output directory, or accept the change with --accept-recipe-change"
-                    " (the run is then no longer reproducible)."
+                    " Name another output, or remove this directory"
                 )
             state = _restore(run, checkpoint)
         except DamagedCheckpointError as error:
@@ -225,7 +224,6 @@ def _failure(what: str, run: Run, state: State) -> TrainingError:
     last = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
     return TrainingError(
         f"Training stopped at step {state.step + 1}: {what}. Going back {state.rollbacks} times and leaving batches out"
-        f" did not help. {last} Look at the batch of this step,"
-        " or lower the learning rates of the recipe and run again with --accept-recipe-change: that resumes from the"
-        " checkpoint."
+        f" did not help. {last} Look at the batch of this step, or lower the learning rates and run again: that goes on"
+        " from the checkpoint"
     )

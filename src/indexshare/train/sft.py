@@ -24,7 +24,8 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftOptions:
-    """sources: files and folders of chats, one a line. enable_thinking: as the template's variable.
+    """sources: files and folders of chats, one a line. enable_thinking: as the template's variable; not for chats
+    without reasoning.
 
     clear_thinking: leave out the reasoning of earlier turns, which then learn to answer without it; by default all is
     kept ("preserved thinking"), so that every turn is learned as it was written.
@@ -127,13 +128,26 @@ class ChatRows:
         seed: int = 0,
         divisor: int = 1,
     ) -> "ChatRows":
-        """Rows of the conversations of `options.sources`, rendered here and held in memory. Raises TrainingError."""
+        """Rows of the conversations of `options.sources`, rendered here and held in memory.
+
+        Raises TrainingError for sources that cannot be read, when no conversation fits, and when thinking is on and
+        none of them has reasoning: a prompt would then end in `<think>`, and the model had not learned to close it.
+        """
         examples = (
             encode_example(conversation, tokenizer, template, options)
             for conversation in read_chats(options.sources.split("\n"))
         )
         pad_id = tokenizer.control_id("<|endoftext|>")
-        return cls(examples, length=length, pad_id=pad_id, seed=seed, divisor=divisor)
+        rows = cls(examples, length=length, pad_id=pad_id, seed=seed, divisor=divisor)
+        closing = tokenizer.control_ids.get("</think>")
+        if options.enable_thinking and not any(
+            closing in example.token_ids[example.is_learned] for example in rows._examples
+        ):
+            raise TrainingError(
+                "no conversation has reasoning that is learned, and the model would not learn to end it: set"
+                " enable_thinking = false in [data], or give chats with reasoning_content"
+            )
+        return rows
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The batch of step `step` (0, 1, ...), each row once an epoch.
