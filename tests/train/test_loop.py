@@ -183,7 +183,9 @@ def test_other_recipe_is_refused_unless_accepted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"changed: learning_rate_muon\. Name another output"):
         run(tmp_path, other)
     elsewhere = dataclasses.replace(RECIPE, data={"sources": "texts"})
-    with pytest.raises(ConfigError, match=r"another recipe or other data; changed: data\.sources\. Name another output"):
+    with pytest.raises(
+        ConfigError, match=r"another recipe or other data; changed: data\.sources\. Name another output"
+    ):
         run(tmp_path, elsewhere)
     assert run(tmp_path, other, accept_recipe_change=True).stopped == "finished"
     with pytest.raises(TrainingError, match="holds a run already"):
