@@ -48,13 +48,13 @@ class CacheOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions(CacheOptions):
-    """How to load a model."""
+class ModelOptions:
+    """How to load a model, but for its caches."""
 
     device: str = "auto"
     """Where to run: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "bfloat16"
-    """Precision of weights and cache."""
+    """Precision of weights and caches."""
     index_pattern: str | None = None
     """Full (F) and shared (S) layers, one letter each, in place of the model's own: FFSF..."""
     quant: Literal["int8", "int4", "none"] | None = None
@@ -92,6 +92,12 @@ class LoadOptions(CacheOptions):
             )
         except UnhealthyError as error:
             raise CheckFailedError(str(error)) from error
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ModelOptions, CacheOptions):
+    """How to load a model."""
 
 
 @Parameter(name="*")
@@ -322,6 +328,7 @@ def requires(extra: str) -> Generator[None]:
 
 DEFAULT_CACHE = CacheOptions()
 DEFAULT_LOAD = LoadOptions()
+DEFAULT_MODEL = ModelOptions()
 DEFAULT_SAMPLING = SamplingOptions()
 DEFAULT_SERVE = ServeOptions()
 DEFAULT_TRAIN = TrainOptions()

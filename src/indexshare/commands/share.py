@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from indexshare.errors import ConfigError
-from indexshare.options import DEFAULT_LOAD, AsJson, LoadOptions, Model, requires
+from indexshare.options import DEFAULT_MODEL, AsJson, Model, ModelOptions, requires
 
 if TYPE_CHECKING:
     from indexshare.engine.llm import LLM
@@ -105,12 +104,6 @@ DEFAULT_DISTILL = DistillOptions()
 DEFAULT_INDEXERS = IndexerOptions()
 
 
-def require_no_cache(load: LoadOptions) -> None:
-    """Raises ConfigError for options of a cache: calibration rows are read without one."""
-    if load.latent_cache or load.index_cache:
-        raise ConfigError("this command reads its rows without a cache: leave --latent-cache and --index-cache out")
-
-
 def say_stopped(stop: StoppedError, as_json: bool) -> None:
     """As `indexshare train` ends when a signal stopped it: a sentence, and no error."""
     from indexshare.terminal import print_json
@@ -130,7 +123,7 @@ def overlap(
     output: Path | None = None,
     rows: RowOptions = DEFAULT_ROWS,
     as_json: AsJson = False,
-    load: LoadOptions = DEFAULT_LOAD,
+    load: ModelOptions = DEFAULT_MODEL,
 ) -> None:
     """How far the layers' choices of keys agree, for all pairs of layers with an indexer.
 
@@ -143,7 +136,6 @@ def overlap(
     from indexshare.share.state import output_directory, write_json
     from indexshare.terminal import show
 
-    require_no_cache(load)
     with requires("train"):
         from indexshare.share.pictures import draw_overlap
 
@@ -173,7 +165,7 @@ def search(
     output: Path | None = None,
     rows: RowOptions = DEFAULT_ROWS,
     as_json: AsJson = False,
-    load: LoadOptions = DEFAULT_LOAD,
+    load: ModelOptions = DEFAULT_MODEL,
 ) -> None:
     """Find which layers can do without an indexer, by the loss; a search that was stopped goes on where it was.
 
@@ -190,7 +182,6 @@ def search(
     from indexshare.share.state import output_directory
     from indexshare.terminal import show
 
-    require_no_cache(load)
     with requires("train"):
         from indexshare.share.pictures import draw_search
 
