@@ -68,7 +68,7 @@ def nano() -> TrainRecipe:
 
 
 def nano_long() -> TrainRecipe:
-    """The second stage of the shipped model: tool calls, then rows of 65,536 and 131,072 tokens, most of them one or
+    """The second stage: tool calls, then rows of 65,536 and 131,072 tokens, most of them one or
     two documents, and an end on short rows that leaves the indexers as they are.
 
     The rate falls over all steps, which are of very unequal size: the long rows make up for that by their scale.
@@ -154,7 +154,7 @@ def nano_long() -> TrainRecipe:
 
 
 def nano_longest() -> TrainRecipe:
-    """The third stage of the shipped model: rows of 131,072 tokens whose facts are far away, without the MTP layer,
+    """The third stage: rows of 131,072 tokens whose facts are far away, without the MTP layer,
     which learns again at the end."""
     second = nano_long()
     rows, end = second.phases[2], second.phases[-1]
